@@ -1,0 +1,372 @@
+"""joblib's ``ParallelBackendBase`` contract, and nothing else. The only file that uses joblib's private names.
+
+One :class:`HybridBackend` may serve several ``Parallel`` objects at once, so nothing of a call lives on it: the
+first ``configure`` puts a copy, bound to the one ``Parallel`` object, in its place (joblib's ``FallbackToBackend``
+is the door that joblib offers for that), and ``start_call`` makes the :class:`~joblib_backends.scheduler.Call`.
+
+Latency: with ``supports_retrieve_callback = True`` joblib's main thread polls every 10 ms; with False it blocks in
+``retrieve_result``, and a warm two-task call takes a fraction of a millisecond (benchmarks, row "two tasks"). Only
+``generator_unordered`` needs the former, so each bound copy sets the flag for its ``Parallel``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+from joblib import parallel as joblib_parallel
+from joblib._parallel_backends import AutoBatchingMixin, FallbackToBackend, ParallelBackendBase, SequentialBackend
+from joblib.disk import memstr_to_bytes
+
+from .budget import available_cores, cores_per_task, is_daemonic, resolve_n_jobs
+from .config import Config
+from .data.scope import ResidentScope
+from .data.store import default_store
+from .errors import ConfigurationError
+from .planner import Facts, Plan, choose_tier
+from .report import record
+from .scheduler import BatchFuture, Call, Callback
+from .thread_safety import may_run_on_threads
+from .tiers import load_tier, tier_names
+
+__all__ = ["HybridBackend"]
+
+#: What joblib passes to every backend and this one has no use for.
+_IGNORED_KEYWORDS: Final = ("context", "verbose")
+
+#: Nesting level from which an explicit n_jobs gets no more than its share of cores: there joblib's own backends run
+#: everything sequentially, against thread bombs.
+_CAPPED_LEVEL: Final = 2
+
+#: Tiers that nested calls inherit. Other tiers leave them the choice within their worker.
+_INHERITED_TIERS: Final = ("inline", "threads")
+
+
+@dataclass
+class _Context:
+    """What the calls of one context share; when the last of its backends is collected, so is all of this."""
+
+    scope: ResidentScope
+    warm: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of_calls(cls) -> _Context:
+        """Return the context of a ``with`` block, or of whoever else holds a backend."""
+        return cls(ResidentScope(default_store(), outlives_calls=True))
+
+
+class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
+    """joblib backend that runs batches on threads, process workers or a Dask cluster.
+
+    Parameters
+    ----------
+    tier : str, default="auto"
+        Where batches run: "auto", "inline" (the caller's own thread), "threads", "processes", "dask", or the name
+        of a registered tier. "auto" takes Dask if a client or address is given or a client is active in this
+        process; threads if the call asks for them or its function and all it works on are scikit-learn's own;
+        processes for everything else.
+    scatter : list, optional
+        Objects to place where workers read them, before the first batch: arrays of any order and dtype, pandas
+        and Arrow tables, SciPy sparse matrices, lists, memmaps; on Dask also Dask collections and futures. Any
+        buffer of at least `max_nbytes` is placed automatically; `scatter` does it for all sizes and ahead of time.
+    client : distributed.Client, optional
+        The Dask client to use.
+    scheduler : str, optional
+        The address of a Dask scheduler, such as ``"tcp://host:8786"``.
+    inner_max_num_threads : int, optional
+        Threads of BLAS and OpenMP in each task. By default each task gets its share of the cores.
+    initializer : callable, optional
+        Called as ``initializer(*initargs)`` once in each worker before its first task.
+    initargs : tuple, default=()
+        Its arguments.
+    wait_for_workers : float, default=10.0
+        Seconds to wait for a Dask scheduler and its first worker.
+    idle_worker_timeout : float, default=300.0
+        Seconds after which an idle process worker ends.
+    temp_folder, max_nbytes, mmap_mode
+        As in :class:`joblib.Parallel`, which passes its own with every call. With the default mode "r" (and "c")
+        each task sees a private, writable copy-on-write view; "r+" and "w+" share one writable copy among the
+        tasks of a call; None places nothing.
+
+    Raises
+    ------
+    ConfigurationError
+        If a parameter, or its ``JOBLIB_BACKEND_<PARAMETER>`` variable, has a value that cannot be used.
+
+    Notes
+    -----
+    Thread-safe. What was placed and the workers that were started are kept for the next call while the ``with``
+    block (or whoever holds the backend) lasts, and are gone after it.
+
+    Examples
+    --------
+    >>> import joblib_backends
+    >>> from joblib import Parallel, delayed, parallel_backend
+    >>> with parallel_backend("hybrid", tier="threads"):
+    ...     Parallel()(delayed(abs)(i) for i in range(-3, 0))
+    [3, 2, 1]
+    """
+
+    supports_inner_max_num_threads = True
+    supports_sharedmem = True
+    supports_timeout = True
+    supports_return_generator = True
+    supports_retrieve_callback = False
+    default_n_jobs = -1
+
+    #: As the default of a process, joblib must not send prefer="threads" to another backend (activation.py).
+    uses_threads = True
+
+    _process_context: ClassVar[_Context | None] = None
+    _process_context_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(
+        self,
+        tier: str | None = None,
+        *,
+        scatter: list[Any] | None = None,
+        client: Any = None,
+        scheduler: str | None = None,
+        inner_max_num_threads: int | None = None,
+        nesting_level: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
+        given = {"tier": tier, "scatter": scatter, "client": client, "scheduler": scheduler, **options}
+        given["inner_max_num_threads"] = inner_max_num_threads
+        self.config = _with_known_tier(Config.from_options(_in_bytes(given)), "tier" if tier else "JOBLIB_BACKEND_TIER")
+        self._given = frozenset(name for name, value in given.items() if value is not None)
+        # joblib gives a level when it makes a backend for one Parallel object, or as the default. Such a one lives
+        # too briefly to keep anything, and shares what the process keeps.
+        self._context = _Context.of_calls() if nesting_level is None else self._context_of_process()
+        self._parallel_ref: Callable[[], Any] = lambda: None
+        self._facts = self._observe(self.config)
+        self._call_config = self.config
+        self._nested: tuple[HybridBackend, None] | None = None
+        self._call: Call | None = None
+
+    def __repr__(self) -> str:
+        call = f" {self._call!r}" if self._call else ""
+        return f"<HybridBackend tier={self.config.tier!r} nesting_level={self.nesting_level}{call}>"
+
+    def __reduce__(self) -> Any:
+        portable = {"tier": self.config.tier, "idle_worker_timeout": self.config.idle_worker_timeout}
+        return _rebuild_nested, (portable, self.config.cores, self.nesting_level)
+
+    def close(self) -> None:
+        """Let go now of what was placed and started for this backend, as the end of the ``with`` block does."""
+        self._context.scope.release()
+        self._context.warm.clear()
+
+    # ---- joblib asks how many
+
+    def effective_n_jobs(self, n_jobs: int | None) -> int:
+        """Return how many batches can run at once for ``n_jobs``; joblib and scikit-learn call it at any time.
+
+        Raises
+        ------
+        ConfigurationError
+            If ``n_jobs`` is 0.
+        """
+        if n_jobs == 0:
+            raise ConfigurationError(
+                "n_jobs == 0 in Parallel has no meaning: use n_jobs=-1 for all cores, n_jobs=1 for a plain loop."
+            )
+        n_jobs = self.default_n_jobs if n_jobs is None else n_jobs
+        plan = choose_tier(self._facts)
+        if n_jobs == 1 or plan.tier == "inline":
+            return resolve_n_jobs(n_jobs, available_cores(self._call_config))
+        capacity = load_tier(plan.tier).capacity(self._call_config)
+        return min(resolve_n_jobs(n_jobs, capacity), capacity if self._is_capped() else n_jobs or capacity)
+
+    def _is_capped(self) -> bool:
+        # scikit-learn asks how many jobs a cluster runs and then wants so many threads of this machine.
+        local_instead = self._facts.require == "sharedmem" and self._facts.wants_cluster
+        return local_instead or (self.nesting_level or 0) >= _CAPPED_LEVEL
+
+    def _observe(self, config: Config, prefer: str | None = None, require: str | None = None) -> Facts:
+        return Facts(config.tier, prefer, require, _reason_for_cluster(config, self.nesting_level), is_daemonic())
+
+    # ---- joblib configures, starts and ends
+
+    def configure(
+        self,
+        n_jobs: int = 1,
+        parallel: Any = None,
+        prefer: str | None = None,
+        require: str | None = None,
+        **keywords: Any,
+    ) -> int:
+        """Bind to ``parallel`` at the first call, then return how many batches may run at once."""
+        if self._parallel_ref() is not parallel:
+            raise FallbackToBackend(self._bound_to(parallel))
+        options = self._options_of_call(keywords)
+        config = _with_known_tier(self.config.override(options), "tier")
+        _check_sharedmem(config, require, options)
+        self._call_config = config
+        self._facts = self._observe(config, prefer, require)
+        workers = self.effective_n_jobs(n_jobs)
+        if workers == 1:
+            raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
+        self._nested = (self._make_nested(workers), None)
+        self._workers = workers
+        return workers
+
+    def _bound_to(self, parallel: Any) -> HybridBackend:
+        bound = copy.copy(self)
+        # Weak, or the cycle would keep the context's workers and files until the garbage collector comes by.
+        bound._parallel_ref = weakref.ref(parallel)
+        bound.parallel = weakref.proxy(parallel)
+        bound.supports_retrieve_callback = parallel.return_as == "generator_unordered"
+        bound.reset_batch_stats()
+        return bound
+
+    def _options_of_call(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """Return what this call sets: joblib passes its own defaults too, which do not outdo our constructor's."""
+        options = {name: value for name, value in keywords.items() if name not in _IGNORED_KEYWORDS}
+        defaults = joblib_parallel.default_parallel_config
+        for name in self._given & options.keys() & defaults.keys():
+            if options[name] == _in_bytes({name: defaults[name].default_value})[name]:
+                del options[name]
+        if self.inner_max_num_threads is not None:
+            options["inner_max_num_threads"] = self.inner_max_num_threads
+        return options
+
+    def _make_nested(self, workers: int) -> HybridBackend:
+        """Return the backend of calls inside a task: its share of the cores, and one job where none is asked for."""
+        config = self._call_config
+        portable = {
+            "tier": config.tier if config.tier in _INHERITED_TIERS else "auto",
+            "idle_worker_timeout": config.idle_worker_timeout,
+        }
+        cores = cores_per_task(available_cores(config), workers)
+        nested = _rebuild_nested(portable, cores, (self.nesting_level or 0) + 1)
+        nested._context = self._context
+        return nested
+
+    def get_nested_backend(self) -> tuple[Any, None]:
+        """Return the backend, and n_jobs, for ``Parallel`` calls inside tasks; joblib asks once per batch."""
+        assert self._nested is not None
+        return self._nested
+
+    def start_call(self) -> None:
+        """Open a call."""
+        self._call = Call(
+            self._call_config,
+            self._workers,
+            functools.partial(_route, self._facts),
+            self._context.scope,
+            self._context.warm,
+            calls_back_on_failure=self.supports_retrieve_callback,
+        )
+
+    def stop_call(self) -> None:
+        """End the call, and keep its report if it is an outermost one."""
+        call, self._call = self._call, None
+        if call is not None:
+            report = call.end()
+            if not self.nesting_level:
+                record(report)
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        """Give up the call; the next ``start_call`` opens another, with the same settings."""
+        if self._call is not None:
+            self._call.abort()
+
+    def terminate(self) -> None:
+        """End what ``stop_call`` did not, and forget batch times; joblib may call it more than once."""
+        self.stop_call()
+        self.reset_batch_stats()
+
+    # ---- joblib submits and retrieves
+
+    def submit(self, func: Callable[[], Any], callback: Callback | None = None) -> BatchFuture:
+        """Start a batch. Called from the user's thread, and from the completion thread by joblib's callback."""
+        call = self._call
+        if call is None:
+            raise RuntimeError("A batch was submitted to the hybrid backend outside of a call.")
+        return call.submit(func, callback, self.get_nested_backend())
+
+    def retrieve_result(self, out: BatchFuture | None, timeout: float | None = None) -> list[Any]:
+        """Return the results of a batch; joblib calls it in the user's thread, in order."""
+        assert self._call is not None
+        return self._call.retrieve(out, timeout)
+
+    def retrieve_result_callback(self, out: BatchFuture) -> list[Any]:
+        """Return the results of a finished batch; joblib calls it from its callback (``generator_unordered``)."""
+        return out.result()
+
+    @classmethod
+    def _context_of_process(cls) -> _Context:
+        with HybridBackend._process_context_lock:
+            if HybridBackend._process_context is None:
+                HybridBackend._process_context = _Context(ResidentScope(default_store(), outlives_calls=False))
+            return HybridBackend._process_context
+
+
+def _route(facts: Facts, function: Callable[[], Any]) -> Plan:
+    """Return the plan of a batch. Reading the tasks costs some 50 µs, so it is done where it can decide."""
+    plan = choose_tier(facts)
+    if plan.tier != "processes" or facts.tier != "auto" or facts.prefer is not None:
+        return plan
+    trusted = may_run_on_threads(getattr(function, "items", None) or [(function, (), {})])
+    return choose_tier(dataclasses.replace(facts, trusted_on_threads=trusted))
+
+
+def _rebuild_nested(portable: dict[str, Any], cores: int | None, nesting_level: int | None) -> HybridBackend:
+    """Return a nested backend; called where tasks run."""
+    backend = HybridBackend(nesting_level=nesting_level, **portable)
+    backend.config = backend._call_config = dataclasses.replace(backend.config, cores=cores)
+    backend._facts = backend._observe(backend.config)
+    if nesting_level:
+        backend.default_n_jobs = 1
+    return backend
+
+
+def _reason_for_cluster(config: Config, nesting_level: int | None) -> str | None:
+    """Return why Dask is to be used, or None; calls inside tasks stay where they are."""
+    if nesting_level:
+        return None
+    if config.client is not None:
+        return "a Dask client was given"
+    if config.scheduler is not None:
+        return f"the Dask scheduler {config.scheduler} was given"
+    if "distributed" in sys.modules and load_tier("dask").is_available():
+        return "a Dask client is active in this process"
+    return None
+
+
+def _with_known_tier(config: Config, source: str) -> Config:
+    if config.tier not in tier_names():
+        raise ConfigurationError.not_one_of(source, config.tier, tier_names())
+    return config
+
+
+def _in_bytes(options: dict[str, Any]) -> dict[str, Any]:
+    """Return ``options`` with a ``max_nbytes`` like "10M" as a number, as joblib does."""
+    if isinstance(options.get("max_nbytes"), str):
+        return {**options, "max_nbytes": memstr_to_bytes(options["max_nbytes"])}
+    return options
+
+
+def _check_sharedmem(config: Config, require: str | None, options: dict[str, Any]) -> None:
+    """Refuse a contradiction that the user wrote in one place.
+
+    A library's own ``require`` (RandomForest.predict) inside a context with tier="processes" is no contradiction:
+    that call needs shared memory and runs on threads.
+    """
+    if require != "sharedmem" or config.tier == "auto" or load_tier(config.tier).shares_memory:
+        return
+    context = getattr(joblib_parallel._backend, "config", {})
+    if "tier" in options or context.get("require") == "sharedmem":
+        raise ConfigurationError(
+            f"require='sharedmem' cannot be met with tier={config.tier!r}, whose workers have memory of their own: "
+            "use tier='threads', or leave one of the two out."
+        )

@@ -1,0 +1,227 @@
+"""What the user asked for: one frozen value, passed whole through every floor.
+
+Each default carries its unit and reason. This is the only file that reads ``os.environ``;
+a parameter given in code wins over its ``JOBLIB_BACKEND_<PARAMETER>`` variable, which wins over the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .errors import ConfigurationError
+
+__all__ = ["Activation", "Config", "activation_from_environment", "blas_variables_set", "silence_children"]
+
+PREFIX: Final = "JOBLIB_BACKEND"
+
+#: Variables that fix the threads of a numerical library. A user who sets one has decided: we do not overrule.
+_THREAD_VARIABLES: Final = {
+    "openmp": ("OMP_NUM_THREADS",),
+    "blas": ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OMP_NUM_THREADS"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Parameters of one backend, or of one call of it.
+
+    Every field up to ``idle_worker_timeout`` is a keyword of :class:`joblib_backends.HybridBackend`;
+    the last group arrives from :class:`joblib.Parallel` with each call.
+    """
+
+    tier: str = "auto"
+    scatter: tuple[Any, ...] = ()
+    client: Any = None
+    scheduler: str | None = None
+    inner_max_num_threads: int | None = None
+    initializer: Callable[..., object] | None = None
+    initargs: tuple[Any, ...] = ()
+
+    #: Seconds to wait for a Dask scheduler and its first worker; joblib's own dask backend waits as long.
+    wait_for_workers: float = 10.0
+
+    #: Seconds after which an idle process worker ends; joblib's loky backend uses the same.
+    idle_worker_timeout: float = 300.0
+
+    #: Bytes from which a buffer leaves the pickle and is placed once; None never does. joblib's default.
+    max_nbytes: int | None = 1_048_576
+
+    #: Where buffers go when shared memory has no room; None means the system's folder for temporary files.
+    temp_folder: str | None = None
+
+    #: How workers map placed buffers. "r" and "c" give each task a private writable copy-on-write view,
+    #: "r+" and "w+" one writable copy shared by the tasks of a call, None places nothing.
+    mmap_mode: str | None = "r"
+
+    #: Cores that this backend may use; None means the machine's. Set for nested backends only.
+    cores: int | None = None
+
+    def __post_init__(self) -> None:
+        for check in (_check_tier, _check_scatter, _check_numbers, _check_initializer, _check_mmap_mode):
+            check(self)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Config:
+        """Return the configuration for keyword ``options``; None means "not given here".
+
+        Raises
+        ------
+        ConfigurationError
+            For an unknown name or a value that cannot be used, in code or in the environment.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        return cls(**{**_from_environment(), **_checked_names(given)})
+
+    def override(self, options: Mapping[str, Any]) -> Config:
+        """Return this configuration with the ``options`` of one call; None is a value here."""
+        return dataclasses.replace(self, **_checked_names(options))
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What the environment asks of the whole process."""
+
+    backend: str
+    n_jobs: int | None
+    quiet: bool
+
+
+def activation_from_environment() -> Activation | None:
+    """Return what ``JOBLIB_BACKEND`` selects for the process, or None when it is not set.
+
+    Raises
+    ------
+    ConfigurationError
+        If ``JOBLIB_BACKEND_N_JOBS`` is not a whole number other than zero.
+    """
+    backend = os.environ.get(PREFIX, "").strip()
+    if not backend:
+        return None
+    return Activation(backend, _environment_n_jobs(), _environment_flag(f"{PREFIX}_QUIET"))
+
+
+def silence_children() -> None:
+    """Keep child processes from repeating the line that says that the environment chose the backend."""
+    os.environ[f"{PREFIX}_QUIET"] = "1"
+
+
+def blas_variables_set() -> frozenset[str]:
+    """Return which of "openmp" and "blas" the user has fixed by an environment variable."""
+    return frozenset(
+        api for api, variables in _THREAD_VARIABLES.items() if any(name in os.environ for name in variables)
+    )
+
+
+def temp_folder_from_environment() -> str | None:
+    """Return joblib's own ``JOBLIB_TEMP_FOLDER``, which keeps its meaning here."""
+    return os.environ.get("JOBLIB_TEMP_FOLDER") or None
+
+
+def _whole_number(text: str) -> int:
+    return int(text)
+
+
+#: Parameters that a text can express, with the way to read it and the words for what is allowed.
+_READERS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
+    "tier": (str, "the name of a tier"),
+    "scheduler": (str, "the address of a Dask scheduler, such as tcp://host:8786"),
+    "inner_max_num_threads": (_whole_number, "a whole number of at least 1"),
+    "wait_for_workers": (float, "a number of seconds"),
+    "idle_worker_timeout": (float, "a number of seconds"),
+}
+_NOT_PARAMETERS: Final = frozenset({"N_JOBS", "QUIET"})
+_CALL_FIELDS: Final = frozenset({"cores"})
+
+
+def _from_environment() -> dict[str, Any]:
+    values = {}
+    for variable, text in os.environ.items():
+        if variable.startswith(f"{PREFIX}_") and text.strip():
+            name = variable.removeprefix(f"{PREFIX}_")
+            if name not in _NOT_PARAMETERS:
+                values[name.lower()] = _read_variable(variable, name.lower(), text.strip())
+    return values
+
+
+def _read_variable(variable: str, name: str, text: str) -> Any:
+    if name not in _READERS:
+        known = sorted(f"{PREFIX}_{known.upper()}" for known in {*_READERS, *_NOT_PARAMETERS})
+        raise ConfigurationError.not_one_of("The environment variable", variable, known)
+    read, allowed = _READERS[name]
+    try:
+        value = read(text)
+        Config(**{name: value})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"The environment variable {variable}={text!r} cannot be used: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"The environment variable {variable} is {text!r}, but must be {allowed}.") from error
+    return value
+
+
+def _environment_n_jobs() -> int | None:
+    text = os.environ.get(f"{PREFIX}_N_JOBS", "").strip()
+    if not text:
+        return None
+    try:
+        n_jobs = int(text)
+    except ValueError:
+        n_jobs = 0
+    if n_jobs == 0:
+        raise ConfigurationError(
+            f"The environment variable {PREFIX}_N_JOBS is {text!r}, but must be a whole number other than 0 "
+            "(-1 for all cores)."
+        )
+    return n_jobs
+
+
+def _environment_flag(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() not in {"", "0", "false", "no"}
+
+
+def _checked_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    allowed = {field.name for field in dataclasses.fields(Config)} - _CALL_FIELDS
+    for name in options:
+        if name not in allowed:
+            raise ConfigurationError.not_one_of("A parameter of the hybrid backend", name, sorted(allowed))
+    checked = dict(options)
+    if isinstance(checked.get("scatter"), list):
+        checked["scatter"] = tuple(checked["scatter"])
+    return checked
+
+
+def _check_tier(config: Config) -> None:
+    if not isinstance(config.tier, str):
+        raise ConfigurationError(f"tier is {config.tier!r}, but must be the name of a tier, such as 'processes'.")
+
+
+def _check_scatter(config: Config) -> None:
+    if not isinstance(config.scatter, tuple):
+        raise ConfigurationError(
+            f"scatter is a {type(config.scatter).__name__}, but must be a list of the objects to place: "
+            "write scatter=[X] for one object, scatter=[X, y] for two."
+        )
+
+
+def _check_numbers(config: Config) -> None:
+    threads = config.inner_max_num_threads
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ConfigurationError(f"inner_max_num_threads is {threads!r}, but must be a whole number of at least 1.")
+    for name in ("wait_for_workers", "idle_worker_timeout"):
+        seconds = getattr(config, name)
+        if not isinstance(seconds, int | float) or not seconds > 0:
+            raise ConfigurationError(f"{name} is {seconds!r}, but must be a number of seconds greater than 0.")
+
+
+def _check_initializer(config: Config) -> None:
+    if config.initializer is not None and not callable(config.initializer):
+        raise ConfigurationError(f"initializer is {config.initializer!r}, but must be a callable or None.")
+
+
+def _check_mmap_mode(config: Config) -> None:
+    allowed = ("r", "c", "r+", "w+")
+    if config.mmap_mode is not None and config.mmap_mode not in allowed:
+        raise ConfigurationError(f"mmap_mode is {config.mmap_mode!r}, but must be None or one of {allowed}.")

@@ -1,0 +1,1 @@
+"""The data plane: batches become payloads (``codec``), their large buffers become residents (``store``)."""

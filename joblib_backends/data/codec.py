@@ -1,0 +1,350 @@
+"""A batch as bytes: pickle protocol 5 with large buffers out of band.
+
+One mechanism for ndarrays, DataFrames, Arrow tables, SciPy sparse matrices and anything that contains them:
+buffers of at least ``max_nbytes`` leave the pickle and become residents of the store. Each task is a pickle of
+its own, so tasks that share a batch never share an object: four tasks doing ``X[0] += 1`` each see the X that
+was sent.
+
+Who runs where: :class:`Encoder` in the parent, in whichever thread submits; :func:`load_task` in the worker.
+
+::
+
+    Payload.wire = (tasks, together, nested, limits, initializer)      plain builtins, cheap to pickle again
+        tasks    = [(pickle, [BufferRef, ...]), ...]                  or one pickle of all of them, "together"
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, Final
+
+import cloudpickle
+import numpy as np
+
+from ..config import Config
+from ..errors import TaskPicklingError
+from .arrays import address_of, as_memmap_reference, owns_all, reduce_array, root_owner
+from .scope import ResidentScope
+from .store import BufferRef, Resident, digest_of, map_buffer
+
+__all__ = ["Encoder", "Payload", "Wire", "describe", "load_task"]
+
+Task = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+Wire = tuple[list[tuple[bytes, list[BufferRef]]], bool, bytes, dict[str, int], bytes]
+
+#: Values that tasks may share, since nobody can change them: such tasks travel in one pickle.
+_IMMUTABLE: Final = frozenset({int, float, complex, bool, str, bytes, type(None), FunctionType, BuiltinFunctionType})
+
+#: Builtin containers that, as a direct argument, are pickled on their own and placed when they are large.
+_CONTAINERS: Final = frozenset({list, tuple, dict, set, frozenset, str, bytes, bytearray})
+
+#: Items (or characters) from which such a container is worth a look: below it, a pickle has under 1 MiB anyway.
+_LARGE_CONTAINER: Final = 1_000
+
+
+#: Bytes from which a buffer of a scattered object is placed; smaller ones travel as fast in the pickle.
+_SCATTERED_FROM: Final = 1_024
+
+
+@dataclass
+class Payload:
+    """An encoded batch: ``wire`` travels, ``residents`` keeps alive what it refers to."""
+
+    wire: Wire
+    residents: list[Resident] = field(default_factory=list)
+    #: Bytes that travel in the pickles, and bytes that were placed for this payload.
+    nbytes_inband: int = 0
+    nbytes_placed: int = 0
+    #: Bytes that would have travelled and did not, since they were resident already.
+    nbytes_saved: int = 0
+
+
+class Encoder:
+    """Turns the batches of one call into payloads.
+
+    Parameters
+    ----------
+    config : Config
+        ``max_nbytes``, ``mmap_mode``, ``temp_folder`` and the initializer.
+    scope : ResidentScope
+        What keeps placed buffers.
+    limits : dict of str to int
+        Threads per library kind for a task.
+    """
+
+    def __init__(self, config: Config, scope: ResidentScope, limits: dict[str, int]) -> None:
+        self._config = config
+        self._scope = scope
+        self._limits = limits
+        self._shared = config.mmap_mode in ("r+", "w+")
+        self._shared_residents: dict[bytes, Resident] = {}
+        self._initializer = _pickle_initializer(config)
+        self._nested: tuple[Any, bytes] | None = None
+
+    def scatter(self, values: Iterable[Any]) -> int:
+        """Place every buffer of ``values``, whatever its size, until the scope ends; return the bytes moved.
+
+        Raises
+        ------
+        TaskPicklingError
+            If a value cannot be pickled.
+        """
+        pickling = _Pickling(self, min_nbytes=_SCATTERED_FROM)
+        for position, value in enumerate(values):
+            try:
+                pickling.dump((_placed_if_large(value, _SCATTERED_FROM),))
+            except Exception as error:
+                raise TaskPicklingError(
+                    f"scatter[{position}] is a {type(value).__name__} that cannot be pickled: {error}. "
+                    "Leave it out of scatter, or pass what it is made from."
+                ) from error
+        for resident in pickling.residents:
+            self._scope.pin(resident)
+        return pickling.nbytes_placed
+
+    def encode(self, function: Callable[[], Any], nested: tuple[Any, int | None]) -> Payload:
+        """Return the payload of a batch; ``nested`` is the backend, and n_jobs, for Parallel calls inside it.
+
+        Raises
+        ------
+        TaskPicklingError
+            If a function or argument cannot be pickled; the message names it.
+        """
+        items: Sequence[Task] = getattr(function, "items", None) or [(function, (), {})]
+        max_nbytes = self._config.max_nbytes if self._config.mmap_mode is not None else None
+        pickling = _Pickling(self, min_nbytes=max_nbytes)
+        together = len(items) > 1 and all(map(_is_immutable, items))
+        tasks = [pickling.dump_named(items)] if together else [pickling.dump_task(i, task) for i, task in enumerate(items)]
+        wire = (tasks, together, self._pickle_nested(nested), self._limits, self._initializer)
+        return Payload(
+            wire,
+            pickling.residents,
+            sum(len(stream) for stream, _ in tasks),
+            pickling.nbytes_placed,
+            pickling.nbytes_saved,
+        )
+
+    def place(self, buffer: memoryview, owner: Any, *, any_size: bool) -> tuple[Resident, int, bool] | None:
+        """Return where ``buffer`` is resident: (resident, offset, whether it was placed now), or None to send it.
+
+        Looks by content first, then as a part of memory that was placed whole, then places it.
+        """
+        if not any_size and not self._scope.store.has_seen_size(buffer.nbytes):
+            return None
+        digest = digest_of(buffer)
+        if self._shared:
+            return self._place_shared(buffer, digest)
+        address = address_of(buffer)
+        store = self._scope.store
+        resident, placed = store.find(digest, buffer.nbytes), False
+        if resident is None:
+            part = store.find_slice(address, buffer, digest)
+            if part is not None:
+                return *part, False
+            if not any_size:
+                return None
+            resident, placed = store.put(buffer, digest, folder=self._config.temp_folder), True
+        root = root_owner(owner)
+        self._scope.hold(resident, address, root if owns_all(root, buffer.nbytes) else None)
+        return resident, 0, placed
+
+    def is_resident(self, low: int, high: int) -> bool:
+        """Return whether the memory between two addresses was placed as a whole."""
+        return self._scope.store.covers(low, high)
+
+    @property
+    def shares_writes(self) -> bool:
+        """Whether workers map buffers writable and in common (``mmap_mode="r+"``)."""
+        return self._shared
+
+    def _place_shared(self, buffer: memoryview, digest: bytes) -> tuple[Resident, int, bool]:
+        placed = digest not in self._shared_residents
+        if placed:
+            folder = self._config.temp_folder
+            self._shared_residents[digest] = self._scope.store.put(buffer, digest, folder=folder, private=True)
+        return self._shared_residents[digest], 0, placed
+
+    def _pickle_nested(self, nested: tuple[Any, int | None]) -> bytes:
+        # One pickle per change of the nested backend, not per batch: it is the same object for a whole call.
+        if self._nested is None or self._nested[0] != nested:
+            self._nested = (nested, cloudpickle.dumps(nested, protocol=5))
+        return self._nested[1]
+
+
+def load_task(stream: bytes, refs: Iterable[BufferRef]) -> Any:
+    """Return the task, or list of tasks, of one pickle; its buffers are mapped for it alone."""
+    return pickle.loads(stream, buffers=[map_buffer(BufferRef(*ref)) for ref in refs])
+
+
+def describe(function: Any) -> str:
+    """Return a name for a task's function that its author recognises."""
+    inner = getattr(function, "function", None) or getattr(function, "func", None) or function
+    return str(getattr(inner, "__qualname__", None) or type(inner).__qualname__)
+
+
+class _Pickling:
+    """One batch on its way into bytes: a pickler, what it refers to, and the count of bytes."""
+
+    def __init__(self, encoder: Encoder, *, min_nbytes: int | None) -> None:
+        self._encoder = encoder
+        self._min_nbytes = min_nbytes
+        self._stream = io.BytesIO()
+        self._pickler = _Pickler(self._stream, self._take_buffer, encoder.is_resident)
+        self._refs: list[BufferRef] = []
+        self.residents: list[Resident] = []
+        self.nbytes_placed = 0
+        self.nbytes_saved = 0
+
+    def dump(self, value: Any) -> tuple[bytes, list[BufferRef]]:
+        self._refs = []
+        self._stream.seek(0)
+        self._stream.truncate()
+        self._pickler.clear_memo()
+        self._pickler.dump(value)
+        return self._stream.getvalue(), self._refs
+
+    def dump_task(self, index: int, task: Task) -> tuple[bytes, list[BufferRef]]:
+        function, args, kwargs = task
+        threshold = self._min_nbytes
+        if threshold is not None:
+            args = tuple(_placed_if_large(value, threshold) for value in args)
+            kwargs = {name: _placed_if_large(value, threshold) for name, value in kwargs.items()}
+        return self.dump_named((function, args, kwargs), index)
+
+    def dump_named(self, value: Any, index: int = 0) -> tuple[bytes, list[BufferRef]]:
+        try:
+            return self.dump(value)
+        except Exception as error:
+            raise _named_error(value, index, error) from error
+
+    def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Called by pickle for each buffer; False takes it out of the pickle."""
+        raw = buffer.raw()
+        any_size = self._min_nbytes is not None and raw.nbytes >= self._min_nbytes
+        found = self._encoder.place(raw, memoryview(buffer).obj, any_size=any_size) if raw.nbytes else None
+        if found is None:
+            return True
+        resident, offset, placed = found
+        if placed:
+            self.nbytes_placed += raw.nbytes
+        else:
+            self.nbytes_saved += raw.nbytes
+        self.residents.append(resident)
+        self._refs.append(resident.ref(offset, raw.nbytes, shared=self._encoder.shares_writes))
+        return False
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """cloudpickle, with arrays reduced so that their bytes can leave the pickle."""
+
+    def __init__(
+        self,
+        stream: io.BytesIO,
+        take_buffer: Callable[[pickle.PickleBuffer], object],
+        is_resident: Callable[[int, int], bool],
+    ) -> None:
+        super().__init__(stream, protocol=5, buffer_callback=take_buffer)
+        self._is_resident = is_resident
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduced = self._reduce_data(obj)
+        return super().reducer_override(obj) if reduced is None else reduced
+
+    def _reduce_data(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is _Standalone:
+            return _load_standalone, self._standalone(obj.value)
+        if kind is np.memmap:
+            return as_memmap_reference(obj)
+        if kind is not np.ndarray:
+            return None
+        if not obj.dtype.hasobject:
+            return reduce_array(obj, self._is_resident)
+        if obj.size < _LARGE_CONTAINER:
+            return None
+        # An array of objects, by its own reduction: the array itself would only come back here.
+        return _rebuild_standalone, self._standalone(obj.__reduce__())
+
+    def _standalone(self, value: Any) -> tuple[pickle.PickleBuffer, ...]:
+        """Return ``value`` as a pickle that is itself a buffer, so that it can be placed and found by content."""
+        buffers: list[pickle.PickleBuffer] = []
+        stream = io.BytesIO()
+        _Pickler(stream, buffers.append, self._is_resident).dump(value)
+        return (pickle.PickleBuffer(stream.getvalue()), *buffers)
+
+
+class _Standalone:
+    """Marks a builtin container to be pickled on its own: pickle asks no hook about exact builtin types."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _placed_if_large(value: Any, threshold: int) -> Any:
+    if type(value) in _CONTAINERS and len(value) >= min(_LARGE_CONTAINER, threshold):
+        return _Standalone(value)
+    return value
+
+
+def _load_standalone(stream: Any, *buffers: Any) -> Any:
+    return pickle.loads(stream, buffers=buffers)
+
+
+def _rebuild_standalone(stream: Any, *buffers: Any) -> Any:
+    make, args, state = pickle.loads(stream, buffers=buffers)
+    array = make(*args)
+    array.__setstate__(state)
+    return array
+
+
+def _is_immutable(task: Task) -> bool:
+    function, args, kwargs = task
+    return (
+        type(function) in _IMMUTABLE
+        and all(type(value) in _IMMUTABLE for value in args)
+        and all(type(value) in _IMMUTABLE for value in kwargs.values())
+    )
+
+
+def _pickle_initializer(config: Config) -> bytes:
+    """Return (initializer, initargs) as bytes, empty without one; the bytes are also its identity in a worker."""
+    if config.initializer is None:
+        return b""
+    try:
+        return bytes(cloudpickle.dumps((config.initializer, config.initargs), protocol=5))
+    except Exception as error:
+        raise TaskPicklingError(
+            f"The initializer {describe(config.initializer)} or its initargs cannot be pickled: {error}. "
+            "Use a function of a module, and arguments that can be pickled."
+        ) from error
+
+
+def _named_error(value: Any, index: int, error: Exception) -> TaskPicklingError:
+    """Return the error that names the task, and the argument that cannot travel."""
+    tasks = [(index, value)] if isinstance(value, tuple) else list(enumerate(value))
+    for position, (function, args, kwargs) in tasks:
+        parts = {f"argument {i}": arg for i, arg in enumerate(args)}
+        parts |= {f"argument {name!r}": arg for name, arg in kwargs.items()}
+        for name, part in {"the function": function, **parts}.items():
+            problem = _pickling_problem(part)
+            if problem is not None:
+                return TaskPicklingError(
+                    f"Could not pickle the task {position} of the batch to send it to the workers: {name} of "
+                    f"{describe(function)}, a {type(part).__name__}, cannot be pickled: {problem}. "
+                    "Pass what it is made from, or run on threads with prefer='threads'."
+                )
+    return TaskPicklingError(f"Could not pickle the task to send it to the workers: {error}.")
+
+
+def _pickling_problem(part: Any) -> Exception | None:
+    try:
+        cloudpickle.Pickler(io.BytesIO(), protocol=5, buffer_callback=lambda buffer: None).dump(part)
+    except Exception as error:
+        return error
+    return None

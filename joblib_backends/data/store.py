@@ -1,0 +1,357 @@
+"""Resident buffers: bytes placed once in a file that every process of this machine can map.
+
+A resident is addressed by the hash of its content, so the very object, an equal copy and the next call all
+find it, and an array changed in place never finds the old bytes. Its life is Python's own: payloads in flight
+and open scopes (``scope.py``) hold the :class:`Resident`, the store only knows it weakly, and when the last
+of them lets go the file is deleted. So a resident is never removed under a batch that refers to it.
+
+Who runs where: ``Store.put`` runs in any thread of the parent; finalizers run wherever the last reference
+dies, possibly inside ``put`` itself, so they take no lock. :func:`map_buffer` runs in workers.
+
+Invariant: a file is in the table only when all of its bytes are written.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import xxhash
+
+from ..config import temp_folder_from_environment
+from ..errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; folders are then removed at exit only
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["BufferRef", "Resident", "Store", "default_store", "digest_of", "map_buffer"]
+
+_FOLDER_PREFIX: Final = "joblib_backends-"
+_LOCK_NAME: Final = "owner.lock"
+_SHARED_MEMORY: Final = Path("/dev/shm")
+
+#: Bytes below which copying from the file is faster than mapping it: one page fault costs about a 4 KiB copy,
+#: a mapping two system calls more (benchmarks/run.py, row "search twice", with small y).
+_COPY_BELOW: Final = 65_536
+
+#: Names the folders of one user; Windows has no user numbers and a temporary folder per user.
+_USER: Final = os.getuid() if hasattr(os, "getuid") else 0
+
+
+class BufferRef(NamedTuple):
+    """Where a worker finds a buffer: ``nbytes`` bytes at ``offset`` of the file ``path``."""
+
+    path: str
+    offset: int
+    nbytes: int
+    #: True for one writable copy that the tasks of a call share (``mmap_mode="r+"``).
+    shared: bool = False
+
+
+class Resident:
+    """Bytes in a file of the store; the file goes when the object does."""
+
+    __slots__ = ("__weakref__", "_slices", "digest", "nbytes", "path")
+
+    def __init__(self, path: str, nbytes: int, digest: bytes) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        self.digest = digest
+        self._slices: dict[tuple[int, int], bytes] = {}
+        weakref.finalize(self, _remove_file, path, os.getpid()).atexit = False
+
+    def __repr__(self) -> str:
+        return f"<Resident {self.digest.hex()[:8]} {self.nbytes} B in {self.path}>"
+
+    def ref(self, offset: int = 0, nbytes: int | None = None, *, shared: bool = False) -> BufferRef:
+        """Return how a worker finds this resident, or ``nbytes`` of it from ``offset``."""
+        return BufferRef(self.path, offset, self.nbytes - offset if nbytes is None else nbytes, shared)
+
+    def slice_digest(self, offset: int, nbytes: int) -> bytes:
+        """Return the hash of a part of the content; remembered, since the content never changes."""
+        key = (offset, nbytes)
+        if key not in self._slices:
+            self._slices[key] = digest_of(map_buffer(self.ref(offset, nbytes)))
+        return self._slices[key]
+
+
+def digest_of(buffer: Any) -> bytes:
+    """Return the address of a contiguous buffer's content: xxh3_128 (xxHash, 30 GB/s here, releases the GIL)."""
+    return xxhash.xxh3_128_digest(buffer)
+
+
+def map_buffer(ref: BufferRef) -> memoryview:
+    """Return the bytes of ``ref`` as a writable buffer; called in the process that uses them.
+
+    The mapping is private and copy-on-write: code that works in place neither fails nor reaches the parent or a
+    neighbour. With ``ref.shared`` it is one writable copy for all. The file is closed at once, the mapping ends
+    with the last array over it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is not on this machine, or was removed.
+    """
+    with open(ref.path, "r+b" if ref.shared else "rb", buffering=0) as file:
+        if ref.nbytes < _COPY_BELOW and not ref.shared:
+            copy = bytearray(ref.nbytes)
+            file.seek(ref.offset)
+            if file.readinto(copy) != ref.nbytes:
+                raise StoreError(errno.EIO, f"The file of a resident, {ref.path}, is shorter than its content.")
+            return memoryview(copy)
+        start = ref.offset - ref.offset % mmap.ALLOCATIONGRANULARITY
+        delta = ref.offset - start
+        access = mmap.ACCESS_WRITE if ref.shared else mmap.ACCESS_COPY
+        mapped = mmap.mmap(file.fileno(), delta + ref.nbytes, access=access, offset=start)
+        return memoryview(mapped)[delta:]
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Memory of this process whose content was placed: a view inside it can be sent by its offset."""
+
+    address: int
+    nbytes: int
+    resident: weakref.ref[Resident]
+
+
+class Store:
+    """The residents of one parent process.
+
+    Thread-safe: one lock guards the folders, the tables are changed by single dict operations only, and nothing
+    of joblib's or the user's runs under the lock. Bytes are written outside it, so two threads may place the
+    same content twice; both copies are right.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._residents: weakref.WeakValueDictionary[bytes, Resident] = weakref.WeakValueDictionary()
+        self._sizes_seen: set[int] = set()
+        self._regions: dict[int, _Region] = {}
+        self._folders: dict[str, _Folder] = {}
+        self._serial = 0
+
+    def __repr__(self) -> str:
+        residents = self.residents
+        return f"<Store {len(residents)} residents, {sum(r.nbytes for r in residents)} B>"
+
+    @property
+    def residents(self) -> list[Resident]:
+        """The residents that exist now."""
+        return list(self._residents.values())
+
+    def has_seen_size(self, nbytes: int) -> bool:
+        """Return whether a resident of exactly ``nbytes`` was ever placed: only then is a small buffer hashed."""
+        return nbytes in self._sizes_seen
+
+    def find(self, digest: bytes, nbytes: int) -> Resident | None:
+        """Return the resident with this content, or None."""
+        resident = self._residents.get(digest)
+        return resident if resident is not None and resident.nbytes == nbytes else None
+
+    def find_slice(self, address: int, buffer: memoryview, digest: bytes) -> tuple[Resident, int] | None:
+        """Return the resident and offset whose bytes equal ``buffer``, a part of memory that was placed whole."""
+        for region in list(self._regions.values()):
+            offset = address - region.address
+            if 0 <= offset and offset + buffer.nbytes <= region.nbytes:
+                resident = region.resident()
+                if resident and resident.slice_digest(offset, buffer.nbytes) == digest:
+                    return resident, offset
+        return None
+
+    def covers(self, low: int, high: int) -> bool:
+        """Return whether the memory from ``low`` to ``high`` lies inside memory that was placed."""
+        return any(r.address <= low and high <= r.address + r.nbytes for r in list(self._regions.values()))
+
+    def put(
+        self, buffer: memoryview, digest: bytes, *, folder: str | None = None, private: bool = False
+    ) -> Resident:
+        """Write ``buffer`` to a file of its own and return its resident.
+
+        Shared memory comes first, then the system's folder for temporary files; ``folder`` replaces both.
+        Space is reserved before anything is written: a full ``/dev/shm`` is an error here, and not a SIGBUS in
+        a worker later. A ``private`` resident is not found by its content, because tasks will change it.
+
+        Raises
+        ------
+        StoreError
+            If no place has room.
+        """
+        resident = Resident(self._write(buffer, folder), buffer.nbytes, digest)
+        if not private:
+            self._residents[digest] = resident
+            self._sizes_seen.add(buffer.nbytes)
+        return resident
+
+    def remember_region(self, address: int, resident: Resident) -> None:
+        """Note that this process' memory at ``address`` held the resident's content when it was placed.
+
+        The content is compared again at each use, so memory that was changed or handed to another array since
+        is never mistaken.
+        """
+        self._regions[address] = _Region(address, resident.nbytes, weakref.ref(resident))
+
+    def forget_region(self, address: int) -> None:
+        """Drop a region; called by the finalizer of the memory's owner."""
+        self._regions.pop(address, None)
+
+    def close(self) -> None:
+        """Delete every folder of the store; called at exit and by tests."""
+        with self._lock:
+            folders, self._folders = self._folders, {}
+        if os.getpid() == self._pid:
+            for folder in folders.values():
+                folder.remove()
+
+    def _write(self, buffer: memoryview, folder: str | None) -> str:
+        problems = []
+        for place in _places(folder):
+            try:
+                return self._write_in(place, buffer)
+            except OSError as error:
+                problems.append(f"{place}: {error.strerror or error}")
+        raise StoreError(
+            errno.ENOSPC,
+            f"No place has room for a buffer of {buffer.nbytes} bytes ({'; '.join(problems)}). "
+            "Give a folder with more space as temp_folder, or make /dev/shm larger.",
+        )
+
+    def _write_in(self, place: str, buffer: memoryview) -> str:
+        path = str(self._next_path(place))
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            _reserve(fd, buffer.nbytes)
+            _write_all(fd, buffer)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+        return path
+
+    def _next_path(self, place: str) -> Path:
+        with self._lock:
+            if place not in self._folders:
+                self._folders[place] = _Folder.make(place)
+            self._serial += 1
+            return self._folders[place].path / f"{self._serial:08d}"
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A private folder of this process; its lock tells a later process that we are alive."""
+
+    path: Path
+    lock_fd: int
+
+    @classmethod
+    def make(cls, place: str) -> _Folder:
+        """Sweep ``place``, then make a folder (0700) in it and lock it."""
+        _sweep(place)
+        while True:
+            path = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{_USER}-", dir=place))
+            lock_fd = os.open(path / _LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o600)
+            # Race: another process' sweep may open the lock between the two lines and take us for dead.
+            if fcntl is None or (_try_lock(lock_fd) and (path / _LOCK_NAME).exists()):
+                return cls(path, lock_fd)
+            os.close(lock_fd)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.lock_fd)
+
+
+def _sweep(place: str) -> None:
+    """Delete what killed processes left in ``place``.
+
+    The lock and not a process number tells the living from the dead: containers share /dev/shm, not numbers.
+    """
+    if fcntl is None:
+        return
+    for folder in Path(place).glob(f"{_FOLDER_PREFIX}{_USER}-*"):
+        try:
+            if folder.is_symlink() or folder.stat().st_uid != _USER:
+                continue
+            fd = os.open(folder / _LOCK_NAME, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        except OSError:
+            continue  # gone already, or just being made: its owner will lock it
+        try:
+            if _try_lock(fd):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _places(folder: str | None) -> list[str]:
+    """Return the folders to try, best first; an explicit ``temp_folder`` is the user's decision and the only one."""
+    chosen = folder or temp_folder_from_environment()
+    if chosen is not None:
+        os.makedirs(chosen, exist_ok=True)
+        return [chosen]
+    shared = [str(_SHARED_MEMORY)] if os.access(_SHARED_MEMORY, os.W_OK | os.X_OK) else []
+    return [*shared, tempfile.gettempdir()]
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, nbytes)
+
+
+def _write_all(fd: int, buffer: memoryview) -> None:
+    written = 0
+    while written < buffer.nbytes:
+        written += os.write(fd, buffer[written:])
+
+
+def _remove_file(path: str, pid: int) -> None:
+    # A forked child inherits the objects, not the files.
+    if os.getpid() == pid:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+_default: Store | None = None
+_default_lock = threading.Lock()
+
+
+def default_store() -> Store:
+    """Return the store of this process, made on first use and deleted at exit."""
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = Store()
+            atexit.register(_default.close)
+        return _default
+
+
+def _forget_in_child() -> None:
+    # A forked child has the parent's tables but not its files: it starts its own.
+    global _default, _default_lock
+    _default, _default_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,95 @@
+"""What a call did: tier and reason, tasks, seconds, bytes. The only file besides ``__main__`` that prints."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+
+__all__ = ["CallReport", "announce", "last_report", "record"]
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """What one outermost ``Parallel`` call did.
+
+    Attributes
+    ----------
+    function : str
+        What the tasks run.
+    tier : str
+        Where they ran; several names joined by " + " if batches differed.
+    reason : str
+        Why there.
+    n_jobs : int
+        Batches allowed at once.
+    tasks, batches : int
+        What was completed.
+    seconds : float
+        Seconds from start to end of the call, and ``busy_seconds`` the sum over its batches.
+    nbytes_moved : int
+        Bytes sent to workers or placed for them; 0 where memory is shared.
+    nbytes_saved : int
+        Bytes that were resident already and did not move again.
+    failed : bool
+        Whether the call ended with an exception.
+    """
+
+    function: str
+    tier: str
+    reason: str
+    n_jobs: int
+    tasks: int
+    batches: int
+    seconds: float
+    busy_seconds: float
+    nbytes_moved: int
+    nbytes_saved: int
+    failed: bool
+
+    def __str__(self) -> str:
+        outcome = "failed after" if self.failed else "done in"
+        return (
+            f"{self.function}: {self.tasks} tasks in {self.batches} batches {outcome} {self.seconds:.3f} s\n"
+            f"  tier   {self.tier}, n_jobs={self.n_jobs}\n"
+            f"  reason {self.reason}\n"
+            f"  bytes  {readable_nbytes(self.nbytes_moved)} moved, {readable_nbytes(self.nbytes_saved)} not moved again"
+        )
+
+
+class _Last:
+    """The report of the last finished call of this process."""
+
+    lock = threading.Lock()
+    report: CallReport | None = None
+
+
+def record(report: CallReport) -> None:
+    """Make ``report`` the last one."""
+    with _Last.lock:
+        _Last.report = report
+
+
+def last_report() -> CallReport | None:
+    """Return the report of the last outermost call that finished in this process, or None before the first.
+
+    Calls with one job run in joblib's sequential loop, which tells no backend of its end; they leave no report.
+    """
+    with _Last.lock:
+        return _Last.report
+
+
+def readable_nbytes(nbytes: int) -> str:
+    """Return a number of bytes in a unit that a person reads."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def announce(line: str) -> None:
+    """Write one line to stderr."""
+    sys.stderr.write(f"joblib_backends: {line}\n")
+    sys.stderr.flush()

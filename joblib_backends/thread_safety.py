@@ -1,0 +1,146 @@
+"""Which code may run on threads: decided by reading a task, never by running it.
+
+Threads share global state, so ``np.random.seed(i)`` in a user's task gives silently wrong numbers there.
+A task is trusted when its function is scikit-learn's own (scikit-learn tests itself under threads) and
+everything reachable from its arguments comes from scikit-learn or from data libraries, or when the user
+marked the function with :func:`thread_safe`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, Final, TypeVar
+
+__all__ = ["may_run_on_threads", "thread_safe"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_MARK: Final = "__joblib_backends_thread_safe__"
+
+#: Where functions and estimators may come from, and where plain values may come from.
+_TRUSTED_CODE: Final = frozenset({"sklearn"})
+_TRUSTED_DATA: Final = frozenset(
+    {"builtins", "numpy", "scipy", "pandas", "pyarrow", "polars", "collections", "datetime", "decimal",
+     "fractions", "functools", "operator", "re", "_thread", "threading", "inspect", "types", "uuid", "pathlib"}
+)  # fmt: skip
+
+#: A live random generator is consumed in the order in which tasks run, which threads do not fix.
+_RANDOM_GENERATORS: Final = frozenset({"RandomState", "Generator", "BitGenerator"})
+
+#: liblinear and libsvm draw from one random generator of the process (scikit-learn's newrand.h, `mt_rand`)
+#: with the GIL released: two fits at once take each other's numbers, and the result changes.
+_USE_LIBLINEAR: Final = frozenset({"LinearSVC", "LinearSVR"})
+
+#: Objects looked at per task before giving up; a deeper structure is sent to processes instead.
+_MAX_OBJECTS: Final = 20_000
+
+
+def thread_safe(function: _F) -> _F:
+    """Mark ``function`` as safe to run on threads, so that ``tier="auto"`` may put it there.
+
+    Use it for code that releases the GIL and keeps no global state. The mark stays on this process' function
+    object and costs nothing at run time.
+
+    Examples
+    --------
+    >>> import joblib_backends
+    >>> @joblib_backends.thread_safe
+    ... def total(a):
+    ...     return a.sum()
+    """
+    setattr(function, _MARK, True)
+    return function
+
+
+def may_run_on_threads(items: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> bool:
+    """Return whether every task of ``items`` (function, args, kwargs) may run beside others in a process."""
+    return all(_is_marked(task[0]) or _Walk().trusts(task) for task in items)
+
+
+def _is_marked(function: Any) -> bool:
+    return bool(getattr(_innermost(function), _MARK, False))
+
+
+def _innermost(function: Any) -> Any:
+    """Return what a wrapper calls: scikit-learn's `_FuncWrapper`, partials and bound methods."""
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif isinstance(function, MethodType):
+            function = function.__func__
+        elif callable(getattr(function, "function", None)) and _root(type(function)) in _TRUSTED_CODE:
+            function = function.function
+        else:
+            return function
+
+
+class _Walk:
+    """One look through everything that a task can reach; each object once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Any] = {}
+
+    def trusts(self, task: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> bool:
+        if _root(_innermost(task[0])) not in _TRUSTED_CODE:
+            return False
+        pending: list[Any] = list(task)
+        while pending:
+            value = pending.pop()
+            if id(value) in self._seen:
+                continue
+            if len(self._seen) >= _MAX_OBJECTS or not _trusts_alone(value):
+                return False
+            self._seen[id(value)] = value
+            pending.extend(_parts(value))
+        return True
+
+
+def _trusts_alone(value: Any) -> bool:
+    """Return whether ``value`` is trusted when its parts are."""
+    if isinstance(value, FunctionType | BuiltinFunctionType | type | ModuleType):
+        return _root(value) in _TRUSTED_CODE | _TRUSTED_DATA
+    kind = type(value)
+    if kind.__name__ in _RANDOM_GENERATORS and _root(kind) == "numpy":
+        return False
+    if _root(kind) in _TRUSTED_CODE:
+        return not _draws_from_process_generator(value)
+    return _root(kind) in _TRUSTED_DATA
+
+
+def _draws_from_process_generator(estimator: Any) -> bool:
+    return (
+        type(estimator).__name__ in _USE_LIBLINEAR
+        or getattr(estimator, "solver", None) == "liblinear"
+        or getattr(estimator, "probability", False) is True
+    )
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Return what else must be looked at; arrays, frames and text are data and end the walk."""
+    if isinstance(value, dict):
+        # Keys of real dicts are names or data; a parameter grid may well have a function among its values.
+        return value.values()
+    if isinstance(value, list | tuple | set | frozenset):
+        return () if _is_plain_data(value) else value
+    if isinstance(value, MethodType):
+        return (value.__self__, value.__func__)
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, value.keywords)
+    if _root(type(value)) in _TRUSTED_CODE and not isinstance(value, type):
+        return getattr(value, "__dict__", {}).values()
+    return ()
+
+
+def _is_plain_data(values: Any) -> bool:
+    """Return whether a long sequence is data: a million words are not looked at one by one twice."""
+    return len(values) > 64 and {type(value) for value in values} <= {int, float, str, bytes, bool, type(None)}
+
+
+def _root(value: Any) -> str:
+    """Return the top-level package where ``value`` (a function, class or module) is defined."""
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    if name is None:
+        # Methods of builtin types and C functions without a module, such as those of math in old versions.
+        name = getattr(type(getattr(value, "__self__", value)), "__module__", None) or ""
+    return str(name).partition(".")[0]

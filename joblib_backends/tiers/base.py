@@ -1,0 +1,197 @@
+"""The contract of a tier, and the table of tiers.
+
+To add a tier, write one class and register it::
+
+    class SparkTier(Tier):
+        name = "spark"
+        shares_memory = False
+
+        @classmethod
+        def capacity(cls, config): ...           # how many batches can run at once
+        def __init__(self, config, n_jobs): ...  # open: one object per call
+        def submit(self, work): ...              # -> Future, at once, from any thread
+        def outcome(self, future): ...           # what a finished future means: an Outcome, or raise
+        def abort(self): ...                     # give up what runs and waits
+        def close(self): ...                     # the call is over
+
+    register_tier("spark", "my_package.spark:SparkTier")
+
+The scheduler does the rest: the n_jobs limit, order, completion, errors, joblib's callbacks. The tests'
+``tier`` fixture runs the same contract tests over every name of the table.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from ..config import Config
+from ..data.codec import Encoder, Payload
+from ..errors import ConfigurationError, MissingDependencyError
+from ..worker import Outcome
+
+__all__ = ["Tier", "Work", "load_tier", "register_tier", "tier_names"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch on its way to a tier: the call itself where memory is shared, a payload elsewhere."""
+
+    function: Callable[[], list[Any]]
+    #: What the tasks are, for keys and messages.
+    name: str
+    #: Threads per library kind that a task may use.
+    limits: dict[str, int]
+    payload: Payload | None = None
+
+
+class Tier(ABC):
+    """A place where the batches of one call run.
+
+    Parameters
+    ----------
+    config : Config
+        What the user asked for.
+    n_jobs : int
+        Batches that may run at once.
+
+    Notes
+    -----
+    Thread-safe: the scheduler calls ``submit`` from the caller's thread and from its own, ``abort`` and ``close``
+    from any. A future may be completed in any thread; done-callbacks of the scheduler only put it in a queue.
+    What a task did, success or failure, is an :class:`~joblib_backends.worker.Outcome`; ``outcome`` raises only
+    when the tier itself failed, and then one of our own errors: foreign exceptions are translated there.
+    """
+
+    #: The name in the table and in reports.
+    name: ClassVar[str]
+
+    #: Whether workers see the parent's objects; then batches are called as they are, and no payload is made.
+    shares_memory: ClassVar[bool]
+
+    #: Whether ``submit`` runs the batch itself; it is then called by the thread that asks for the result.
+    runs_in_caller: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def capacity(cls, config: Config) -> int:
+        """Return how many batches can run at once: what ``n_jobs=-1`` means here."""
+
+    @classmethod
+    def is_available(cls) -> bool:
+        """Return whether the tier could be used now without being asked for; "auto" looks at Dask's answer."""
+        return True
+
+    @abstractmethod
+    def __init__(self, config: Config, n_jobs: int) -> None: ...
+
+    @property
+    def look_ahead(self) -> int:
+        """Batches to hand over beyond ``n_jobs``, so that no worker waits for the next; they must not run yet."""
+        return 0
+
+    @property
+    def warm(self) -> object:
+        """What to hold until the context ends, so that its next call finds workers running; None for nothing."""
+        return None
+
+    def scatter(self, values: Sequence[Any], encoder: Encoder) -> int:
+        """Place ``values`` where workers read them, ahead of time, and return the bytes moved.
+
+        Called once per context, before the first batch, and only for a tier that does not share memory.
+        """
+        return encoder.scatter(values)
+
+    @abstractmethod
+    def submit(self, work: Work) -> Future[Any]:
+        """Start a batch, or queue it, and return its future at once."""
+
+    @abstractmethod
+    def outcome(self, future: Future[Any]) -> Outcome:
+        """Return what became of a batch whose future is done. Called in the scheduler's completion thread."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give up what waits and, where possible, what runs; idempotent. No result is wanted any more."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the call used; idempotent. Nothing runs any more."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+#: Third parties and built-ins enter by the same door: a name and where its class is, loaded on first use.
+_TABLE: Final[dict[str, str]] = {}
+
+#: What an ImportError of a tier means to its user.
+_EXTRAS: Final = {"distributed": "dask", "dask": "dask"}
+
+
+def register_tier(name: str, path: str) -> None:
+    """Make a tier selectable as ``tier=name``.
+
+    Parameters
+    ----------
+    name : str
+        The name, lower case.
+    path : str
+        Where the class is, as ``"package.module:Class"``. It is imported when the tier is first used.
+
+    Raises
+    ------
+    ConfigurationError
+        If the name is "auto", or the path is not of that form.
+    """
+    module, _, attribute = path.partition(":")
+    if name == "auto" or not name or not module or not attribute:
+        raise ConfigurationError(
+            f"The tier {name!r} at {path!r} cannot be registered: give a name other than 'auto' and a path of the "
+            "form 'package.module:Class'."
+        )
+    _TABLE[name] = path
+
+
+def tier_names() -> list[str]:
+    """Return the names that ``tier=`` accepts, "auto" first."""
+    return ["auto", *sorted(_TABLE)]
+
+
+def load_tier(name: str) -> type[Tier]:
+    """Return the class of a tier.
+
+    Raises
+    ------
+    ConfigurationError
+        If no tier has that name.
+    MissingDependencyError
+        If it needs a package that is not installed.
+    """
+    if name not in _TABLE:
+        raise ConfigurationError.not_one_of("tier", name, tier_names())
+    module, _, attribute = _TABLE[name].partition(":")
+    try:
+        loaded = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = _EXTRAS.get(missing)
+        advice = f"pip install 'joblib-backends[{extra}]'" if extra else f"Install {missing or 'what it needs'}"
+        raise MissingDependencyError(f"tier={name!r} needs the package {missing!r}: {error}. {advice}.") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Tier)):
+        raise ConfigurationError(f"The tier {name!r} at {_TABLE[name]!r} is {loaded!r}, which is not a Tier.")
+    return loaded
+
+
+for _name, _class in {
+    "inline": "InlineTier",
+    "threads": "ThreadsTier",
+    "processes": "ProcessesTier",
+    "dask": "DaskTier",
+    "fake": "FakeTier",
+}.items():
+    register_tier(_name, f"{__package__}.{_name}:{_class}")

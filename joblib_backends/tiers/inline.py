@@ -1,0 +1,51 @@
+"""Batches in the caller's own thread, one after the other: what a plain loop does.
+
+The scheduler submits a batch here when joblib asks for its result, in the thread that asks. So nothing runs before
+its turn, nothing runs in another thread, and work too small to distribute costs no hand-over.
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import Future
+
+from ..config import Config
+from ..worker import Outcome, run_here
+from .base import Tier, Work
+
+__all__ = ["InlineTier"]
+
+
+class InlineTier(Tier):
+    """Runs each batch where its result is asked for."""
+
+    name = "inline"
+    shares_memory = True
+    runs_in_caller = True
+
+    @classmethod
+    def capacity(cls, config: Config) -> int:
+        """Return 1: a thread does one thing at a time."""
+        return 1
+
+    def __init__(self, config: Config, n_jobs: int) -> None:
+        self._initializer = functools.partial(config.initializer, *config.initargs) if config.initializer else None
+
+    def submit(self, work: Work) -> Future[Outcome]:
+        """Run a batch now and return its finished future."""
+        initializer, self._initializer = self._initializer, None
+        future: Future[Outcome] = Future()
+        # No limits: a plain loop has all cores for each task.
+        future.set_result(run_here(work.function, {}, initializer))
+        return future
+
+    def outcome(self, future: Future[Outcome]) -> Outcome:
+        """Return the outcome of a finished batch."""
+        return future.result()
+
+    def abort(self) -> None:
+        """Do nothing: what was not asked for never runs."""
+
+    def close(self) -> None:
+        """Do nothing: nothing was taken."""
+

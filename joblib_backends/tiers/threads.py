@@ -1,0 +1,98 @@
+"""Batches in threads of this process: no copies, no start-up, one GIL.
+
+The threads belong to one call and end with it, so nothing is left when a call is over and nested calls cannot
+wait for each other's threads; starting one takes 60 µs (measured). They are daemons: a task that hangs delays
+neither Ctrl-C nor the end of the interpreter, which the standard library's ThreadPoolExecutor would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import threading
+from concurrent.futures import Future
+
+from ..budget import available_cores, process_wide_limit
+from ..config import Config
+from ..worker import Outcome, run_here
+from .base import Tier, Work
+
+__all__ = ["ThreadsTier"]
+
+
+class ThreadsTier(Tier):
+    """A thread per job, started when there is work for it."""
+
+    name = "threads"
+    shares_memory = True
+
+    @classmethod
+    def capacity(cls, config: Config) -> int:
+        """Return the cores that this backend may use."""
+        return available_cores(config)
+
+    def __init__(self, config: Config, n_jobs: int) -> None:
+        self._n_jobs = n_jobs
+        self._config = config
+        self._queue: queue.SimpleQueue[tuple[Work, Future[Outcome]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._n_threads = 0
+        self._n_unfinished = 0
+        self._aborted = False
+        self._limit = contextlib.ExitStack()
+
+    def __repr__(self) -> str:
+        return f"<ThreadsTier {self._n_unfinished} batches on {self._n_threads}/{self._n_jobs} threads>"
+
+    @property
+    def look_ahead(self) -> int:
+        """Return one batch per thread; the number of threads keeps it from running early."""
+        return self._n_jobs
+
+    def submit(self, work: Work) -> Future[Outcome]:
+        """Queue a batch, and start a thread if all are busy and another is allowed."""
+        future: Future[Outcome] = Future()
+        with self._lock:
+            if self._n_threads == 0:
+                self._limit.enter_context(process_wide_limit.applied(work.limits))
+            self._n_unfinished += 1
+            starts = self._n_unfinished > self._n_threads and self._n_threads < self._n_jobs
+            self._n_threads += starts
+        self._queue.put((work, future))
+        if starts:
+            threading.Thread(target=self._work, name="joblib_backends-worker", daemon=True).start()
+        return future
+
+    def outcome(self, future: Future[Outcome]) -> Outcome:
+        """Return the outcome of a finished batch."""
+        return future.result()
+
+    def abort(self) -> None:
+        """Drop what waits; a thread cannot be stopped, so what runs runs to its end, unheard."""
+        self._aborted = True
+        self.close()
+
+    def close(self) -> None:
+        """Let the threads end, after the batch that each may still be running."""
+        with self._lock:
+            for _ in range(self._n_threads):
+                self._queue.put(None)
+            self._n_threads = 0
+            self._limit.close()
+
+    def _work(self) -> None:
+        """Run batches until told to end. The body of a worker thread."""
+        config = self._config
+        initializer = functools.partial(config.initializer, *config.initargs) if config.initializer else None
+        while (item := self._queue.get()) is not None:
+            work, future = item
+            if not self._aborted and future.set_running_or_notify_cancel():
+                outcome = run_here(work.function, work.limits, initializer)
+                initializer = None
+                with self._lock:
+                    self._n_unfinished -= 1
+                future.set_result(outcome)
+                del outcome
+            # An idle thread must not keep the last batch's data alive.
+            del item, work, future
