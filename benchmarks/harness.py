@@ -6,8 +6,8 @@ builds the data, enters the row's backend, runs the workload, and writes one JSO
 its standard output.
 
 What is timed: *cold* is entering the backend (a Dask cluster included) and the first call; *warm* is the
-median of the calls after it. Building the data and importing libraries is not timed. In the table, each is the
-median over the rounds. Every answer is compared with the plain loop's, through ``joblib.hash``.
+median of the calls after it. Building the data and importing libraries is not timed. In the table, each is
+the median over the rounds. Every answer is compared with the plain loop's, through ``joblib.hash``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Run the benchmarks: ``python benchmarks/run.py [--only NAME] [--rounds N] [--save NAME]``.
 
-Prints one table per workload and what came of its goals; ``--save`` keeps both next to this file. Exits with 1
-if a row failed or gave another answer than the plain loop, and with ``--strict`` also if a goal was missed.
+Prints one table per workload and what came of its goals; ``--save`` keeps both next to this file. Exits
+with 1 if a row failed or gave another answer than the plain loop, and with ``--strict`` also if a goal was
+missed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What does the installed ``.pth`` file cost an interpreter that does not use the package?
 
 Every start of Python reads the ``.pth`` files of site-packages and executes their import lines. This script
-starts Python again and again, in turn with a folder that holds our ``.pth`` and with an empty one, lets ``site``
-read it as it does at start-up, and prints the difference in microseconds.
+starts Python again and again, in turn with an empty folder, with one that holds an empty ``.pth`` and with
+one that holds ours, lets ``site`` read it as it does at start-up, and prints the differences in microseconds.
 
 Usage: ``python benchmarks/startup.py [--starts N]``.
 """
@@ -41,10 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     starts = parser.parse_args(arguments).starts
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {"without": Path(scratch, "without"), "with": Path(scratch, "with")}
+        folders = {kind: Path(scratch, kind) for kind in ("no .pth", "an empty .pth", "our .pth")}
         for folder in folders.values():
             folder.mkdir()
-        source = _copy_hook(folders["with"])
+        Path(folders["an empty .pth"], "empty.pth").touch()
+        source = _copy_hook(folders["our .pth"])
         if source is None:
             print(f"{FILES[0]} is in none of {', '.join(map(str, SOURCES))}.")
             return 1
@@ -58,10 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{source}, {starts} starts of each kind, in turn; microseconds, median (quartiles)")
     for kind in folders:
         print(
-            f"  {kind:<8} reading the folder {_summary(inner[kind])}, "
+            f"  {kind:<13} reading the folder {_summary(inner[kind])}, "
             f"the whole interpreter {_summary(outer[kind])}"
         )
-    print(f"  the .pth costs {median(inner['with']) - median(inner['without']):.0f} microseconds per start")
+    nothing, empty, ours = (median(values) for values in inner.values())
+    print(
+        f"  our .pth costs {ours - nothing:.0f} microseconds per start, its line {ours - empty:.0f} of them"
+    )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The workloads: what is run, why, and what it is meant to show. Tasks stand at module level to be picklable."""
+"""The workloads: what is run, why, and what it is meant to show. Tasks stand at module level, to pickle."""
 
 from __future__ import annotations
 

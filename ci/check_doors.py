@@ -135,11 +135,7 @@ def environment_access(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def printing(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Find print and every use of the standard streams that can write to them."""
-    harmless = {
-        id(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in _HARMLESS
-    }
+    harmless = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in _HARMLESS}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id == "print":
             yield node.lineno, "print"

@@ -184,7 +184,8 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         if n_jobs == 1 or plan.tier == "inline":
             return resolve_n_jobs(n_jobs, available_cores(self._call_config))
         capacity = load_tier(plan.tier).capacity(self._call_config)
-        return min(resolve_n_jobs(n_jobs, capacity), capacity if self._is_capped() else n_jobs or capacity)
+        resolved = resolve_n_jobs(n_jobs, capacity)
+        return min(resolved, capacity) if self._is_capped() else resolved
 
     def _is_capped(self) -> bool:
         # scikit-learn asks how many jobs a cluster runs and then wants so many threads of this machine.
@@ -246,7 +247,8 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
             "tier": config.tier if config.tier in _INHERITED_TIERS else "auto",
             "idle_worker_timeout": config.idle_worker_timeout,
         }
-        cores = cores_per_task(available_cores(config), workers)
+        # The cores of this machine say nothing about those of a cluster's workers.
+        cores = 1 if self._facts.wants_cluster else cores_per_task(available_cores(config), workers)
         nested = _rebuild_nested(portable, cores, (self.nesting_level or 0) + 1)
         nested._context = self._context
         return nested
@@ -309,6 +311,32 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
             if HybridBackend._process_context is None:
                 HybridBackend._process_context = _Context(ResidentScope(default_store(), outlives_calls=False))
             return HybridBackend._process_context
+
+
+def registered_names() -> list[str]:
+    """Return the names of the backends that joblib knows or can load."""
+    return sorted({*joblib_parallel.BACKENDS, *joblib_parallel.EXTERNAL_BACKENDS})
+
+
+def make_named(name: str, nesting_level: int | None) -> Any:
+    """Return a new backend that joblib knows by ``name``; KeyError if it knows none."""
+    if name not in joblib_parallel.BACKENDS:
+        joblib_parallel.EXTERNAL_BACKENDS[name]()
+    backend = joblib_parallel.BACKENDS[name]()
+    backend.nesting_level = nesting_level
+    return backend
+
+
+def make_default(name: str, factory: Callable[..., Any]) -> None:
+    """Register ``factory`` and make it what joblib takes where the code names no backend.
+
+    joblib's hints prefer="threads" and prefer="processes" replace the default by two further defaults, so all three
+    names change; ``register_parallel_backend(make_default=True)`` sets only the first.
+    """
+    joblib_parallel.register_parallel_backend(name, factory)
+    joblib_parallel.DEFAULT_BACKEND = name
+    joblib_parallel.DEFAULT_THREAD_BACKEND = name
+    joblib_parallel.DEFAULT_PROCESS_BACKEND = name
 
 
 def _route(facts: Facts, function: Callable[[], Any]) -> Plan:

@@ -33,7 +33,6 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .budget import thread_limits
 from .config import Config
 from .data.codec import Encoder, Payload
 from .data.scope import ResidentScope
@@ -123,7 +122,6 @@ class Call:
     ) -> None:
         self._config = config
         self._n_jobs = n_jobs
-        self._limits = thread_limits(config, n_jobs)
         self._route = route
         self._scope = scope
         self._warm = warm
@@ -172,12 +170,13 @@ class Call:
     def _prepare(self, future: BatchFuture, function: Callable[[], Any], nested: tuple[Any, int | None]) -> _Batch:
         plan = self._route(function)
         tier = self._open_tier(plan)
-        payload = None if tier.shares_memory else self._encode(tier, function, nested)
+        limits = tier.task_limits(self._config, self._n_jobs)
+        payload = None if tier.shares_memory else self._encode(tier, function, nested, limits)
         name = task_names(function)
         with self._lock:
             self._tally.function = self._tally.function or name
             self._tally.plans.setdefault(plan.tier, plan)
-        return _Batch(future, tier, Work(function, name, self._limits, payload))
+        return _Batch(future, tier, Work(function, name, limits, payload))
 
     def _leave_to_caller(self, batch: _Batch) -> None:
         if self._calls_back_on_failure:
@@ -196,11 +195,13 @@ class Call:
                     self._warm[plan.tier] = tier.warm
             return self._tiers[plan.tier]
 
-    def _encode(self, tier: Tier, function: Callable[[], Any], nested: tuple[Any, int | None]) -> Payload:
+    def _encode(
+        self, tier: Tier, function: Callable[[], Any], nested: tuple[Any, int | None], limits: dict[str, int]
+    ) -> Payload:
         if self._encoder is None:
-            self._encoder = Encoder(self._config, self._scope, self._limits)
+            self._encoder = Encoder(self._config, self._scope)
             self._scatter(tier, self._encoder)
-        payload = self._encoder.encode(function, nested)
+        payload = self._encoder.encode(function, nested, limits)
         with self._lock:
             self._tally.nbytes_moved += payload.nbytes_inband + payload.nbytes_placed
             self._tally.nbytes_saved += payload.nbytes_saved
@@ -310,9 +311,13 @@ class Call:
         except BaseException as error:
             self._completions.put((batch.future, functools.partial(Outcome, None, error, 0.0)))
             return
-        get_outcome = functools.partial(batch.tier.outcome, tier_future)
+
+        def enqueue(done: Future[Any]) -> None:
+            self._completions.put((batch.future, functools.partial(batch.tier.outcome, done)))
+
         # May run here and now if the batch is done already: a put is all it does, so nothing recurses.
-        tier_future.add_done_callback(lambda _: self._completions.put((batch.future, get_outcome)))
+        # It takes the future as its argument: a future in its own callback would be a cycle that keeps the pool.
+        tier_future.add_done_callback(enqueue)
 
     def _finish_later(self, future: BatchFuture, get_outcome: Callable[[], Outcome]) -> None:
         """Let the completion thread finish a batch that no tier holds."""

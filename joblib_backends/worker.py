@@ -83,9 +83,9 @@ def unpack(outcome: PackedOutcome) -> Outcome:
         return Outcome(None, failure, seconds)
     if succeeded:
         return Outcome(loaded, None, seconds)
-    error, text = loaded
-    error.__cause__ = RemoteTraceback(text)
-    return Outcome(None, error, seconds)
+    raised, text = loaded
+    raised.__cause__ = RemoteTraceback(text)
+    return Outcome(None, raised, seconds)
 
 
 def _run_tasks(wire: Wire) -> list[Any]:

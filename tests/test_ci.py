@@ -191,7 +191,7 @@ def test_checking_the_skips_of_no_job_fails():
     assert check_skips.main([]) == 1
 
 
-def test_a_run_of_the_host_suite_that_selects_nothing_fails(monkeypatch, capsys):
+def test_a_run_of_the_host_suite_that_selects_nothing_fails(capsys):
     """A tier must not pass because the expression, or joblib's ids, changed under us."""
     assert host_suite.main(["--tier", "inline", "-k", "no_such_test"]) == 1
     assert "pytest ended with 5" in capsys.readouterr().out

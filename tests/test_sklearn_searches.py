@@ -20,7 +20,7 @@ from sklearn.exceptions import FitFailedWarning
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.feature_selection import RFECV
 from sklearn.inspection import partial_dependence, permutation_importance
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, SGDClassifier
 from sklearn.model_selection import (
     GridSearchCV,
     HalvingGridSearchCV,
@@ -36,6 +36,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
+
 from test_sklearn_estimators import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -47,10 +48,10 @@ VOTERS = [("tree", TREE), ("linear", SCALED)]
 
 
 def grid_search(n_jobs):
-    grid = [{"standardscaler__with_std": [True, False], "logisticregression__C": [0.1, 10.0]}, {"memory": [None]}]
-    scoring = {"accuracy": "accuracy", "loss": "neg_log_loss"}
-    search = GridSearchCV(SCALED, grid, scoring=scoring, refit="loss", return_train_score=True, cv=3, n_jobs=n_jobs)
-    return search.fit(X, y)
+    # The second grid has no "C": cv_results_ then holds masked arrays.
+    grid = [{"standardscaler__with_std": [True, False], "logisticregression__C": [0.1, 9]}, {"memory": [None]}]
+    scores = {"scoring": ["accuracy", "neg_log_loss"], "refit": "neg_log_loss", "return_train_score": True}
+    return GridSearchCV(SCALED, grid, cv=3, n_jobs=n_jobs, **scores).fit(X, y)
 
 
 def nested_search(n_jobs):
@@ -77,14 +78,13 @@ def out_of_fold_probabilities(n_jobs):
 
 
 def learning(n_jobs):
-    return learning_curve(TREE, X, y, train_sizes=[0.4, 0.7, 1.0], shuffle=True, random_state=0, cv=3, n_jobs=n_jobs)
+    shuffled = {"shuffle": True, "random_state": 0}
+    return learning_curve(TREE, X, y, train_sizes=[0.4, 0.7, 1.0], cv=3, n_jobs=n_jobs, **shuffled)
 
 
 def incremental_learning(n_jobs):
-    # One task per fold carries an estimator from size to size.
-    model = LogisticRegression(warm_start=True)
-    model.partial_fit = None
-    return learning_curve(model, X, y, train_sizes=[0.5, 1.0], cv=3, n_jobs=n_jobs)
+    model = SGDClassifier(random_state=0)  # one task per fold carries it from size to size
+    return learning_curve(model, X, y, cv=3, exploit_incremental_learning=True, n_jobs=n_jobs)
 
 
 def validation_over_depths(n_jobs):
@@ -117,6 +117,7 @@ CALLS = [
     validation,
     out_of_fold_probabilities,
     learning,
+    incremental_learning,
     validation_over_depths,
     permutation_test,
     importance,
@@ -130,35 +131,35 @@ def test_a_call_answers_on_every_tier_as_it_does_alone(call, hybrid):
     expected = call(n_jobs=1)
     with hybrid():
         actual = call(n_jobs=2)
-    assert list(differences(expected, actual)) == []
+    assert differences(expected, actual) == []
 
 
 def test_routed_sample_weights_reach_fit_and_score(hybrid):
     weights = np.where(y == 1, 5.0, 0.1)
-    model = LogisticRegression().set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
 
     def search(n_jobs, **metadata):
+        model = LogisticRegression().set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
         return GridSearchCV(model, {"C": [0.1, 10.0]}, cv=3, n_jobs=n_jobs).fit(X, y, **metadata)
 
     with config_context(enable_metadata_routing=True):
         expected = search(1, sample_weight=weights)
         with hybrid():
             actual = search(2, sample_weight=weights)
-        assert list(differences(expected, actual)) == []
-        assert list(differences(search(1), actual)), "the weights changed nothing: this test shows nothing"
+        assert differences(expected, actual) == []
+        assert differences(search(1), actual), "the weights changed nothing: this test shows nothing"
 
 
 class Witness(ClassifierMixin, BaseEstimator):
     """Remember where it was fitted, and under which configuration and filters of warnings."""
 
-    def fit(self, X, y):
+    def fit(self, X, y):  # noqa: N803
         self.classes_ = np.unique(y)
         self.config_ = get_config()
         self.filters_ = list(warnings.filters)
         self.pid_ = os.getpid()
         return self
 
-    def predict(self, X):
+    def predict(self, X):  # noqa: N803
         return np.full(len(X), self.classes_[0])
 
 
@@ -189,7 +190,8 @@ def test_frames_come_back_as_frames(hybrid):
     frame = pd.DataFrame(X, columns=list("abcde")).assign(a=lambda f: f.a.astype("float32"))
 
     def transform(n_jobs):
-        columns = make_column_transformer((StandardScaler(), ["a", "b"]), (MinMaxScaler(), ["c"]), n_jobs=n_jobs)
+        scaled = (StandardScaler(), ["a", "b"]), (MinMaxScaler(), ["c"])
+        columns = make_column_transformer(*scaled, n_jobs=n_jobs)
         union = make_union(columns, MinMaxScaler(), n_jobs=n_jobs).set_output(transform="pandas")
         return union.fit_transform(frame)
 
@@ -212,7 +214,7 @@ def test_a_failed_fit_scores_nan_and_warns_as_it_does_alone(hybrid):
         warnings.simplefilter("always")
         actual = failing_search(2, error_score=np.nan)
 
-    assert list(differences(expected, actual)) == []
+    assert differences(expected, actual) == []
     assert np.isnan(actual.cv_results_["mean_test_score"]).tolist() == [True, False]
     assert FitFailedWarning in {warning.category for warning in actual_warnings}
     assert messages(expected_warnings) == messages(actual_warnings)
@@ -247,11 +249,12 @@ def test_a_scoring_monitor_logs_what_it_logs_under_loky(callback, hybrid):
     with hybrid():
         actual = logged()
     assert len({row["task_id_path"] for row in actual}) > 8
-    assert list(differences(expected, actual)) == []
+    assert differences(expected, actual) == []
 
 
-def test_progress_bars_end_as_they_end_under_loky(callback, hybrid, capsys):
+def test_progress_bars_end_as_they_end_under_loky(callback, hybrid, capsys, monkeypatch):
     pytest.importorskip("rich", reason="scikit-learn's ProgressBar needs rich")
+    monkeypatch.setenv("COLUMNS", "200")
 
     def bars():
         search = GridSearchCV(LogisticRegression(max_iter=8, tol=0.1), {"C": [0.1, 1.0]}, cv=2, n_jobs=2)

@@ -94,7 +94,8 @@ def _memory_between(array: Array, low: int, high: int) -> Array | None:
     start = low - address_of(root)
     if not flat.flags.c_contiguous or root.dtype.hasobject or start < 0 or start + high - low > root.nbytes:
         return None
-    return flat.reshape(-1).view(np.uint8)[start : start + high - low]
+    between: Array = flat.reshape(-1).view(np.uint8)[start : start + high - low]
+    return between
 
 
 def _backing_memmap(array: Any) -> Any:

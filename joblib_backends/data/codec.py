@@ -16,8 +16,11 @@ Who runs where: :class:`Encoder` in the parent, in whichever thread submits; :fu
 from __future__ import annotations
 
 import io
+import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final
@@ -31,7 +34,17 @@ from .arrays import address_of, as_memmap_reference, owns_all, reduce_array, roo
 from .scope import ResidentScope
 from .store import BufferRef, Resident, digest_of, map_buffer
 
-__all__ = ["Encoder", "Payload", "Wire", "describe", "load_task"]
+__all__ = [
+    "Encoder",
+    "Payload",
+    "RemoteReference",
+    "Wire",
+    "describe",
+    "load_task",
+    "missing_files",
+    "moved_files",
+    "resolving",
+]
 
 Task = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 Wire = tuple[list[tuple[bytes, list[BufferRef]]], bool, bytes, dict[str, int], bytes]
@@ -72,14 +85,12 @@ class Encoder:
         ``max_nbytes``, ``mmap_mode``, ``temp_folder`` and the initializer.
     scope : ResidentScope
         What keeps placed buffers.
-    limits : dict of str to int
-        Threads per library kind for a task.
     """
 
-    def __init__(self, config: Config, scope: ResidentScope, limits: dict[str, int]) -> None:
+    def __init__(self, config: Config, scope: ResidentScope) -> None:
         self._config = config
         self._scope = scope
-        self._limits = limits
+        self._substitutes: dict[int, tuple[Any, RemoteReference]] = {}
         self._shared = config.mmap_mode in ("r+", "w+")
         self._shared_residents: dict[bytes, Resident] = {}
         self._initializer = _pickle_initializer(config)
@@ -106,8 +117,29 @@ class Encoder:
             self._scope.pin(resident)
         return pickling.nbytes_placed
 
-    def encode(self, function: Callable[[], Any], nested: tuple[Any, int | None]) -> Payload:
-        """Return the payload of a batch; ``nested`` is the backend, and n_jobs, for Parallel calls inside it.
+    def substitute(self, value: Any, reference: RemoteReference) -> None:
+        """Send ``reference`` wherever ``value`` is an argument of a task."""
+        self._substitutes[id(value)] = (value, reference)
+
+    def outgoing(self, value: Any, threshold: int | None) -> Any:
+        """Return what to pickle in the place of an argument."""
+        if id(value) in self._substitutes:
+            return self._substitutes[id(value)][1]
+        return value if threshold is None else _placed_if_large(value, threshold)
+
+    def encode(
+        self, function: Callable[[], Any], nested: tuple[Any, int | None], limits: dict[str, int]
+    ) -> Payload:
+        """Return the payload of a batch.
+
+        Parameters
+        ----------
+        function : callable
+            joblib's batch, or any callable without arguments.
+        nested : tuple
+            The backend, and n_jobs, for Parallel calls inside the tasks.
+        limits : dict of str to int
+            Threads per library kind that a task may use.
 
         Raises
         ------
@@ -118,8 +150,11 @@ class Encoder:
         max_nbytes = self._config.max_nbytes if self._config.mmap_mode is not None else None
         pickling = _Pickling(self, min_nbytes=max_nbytes)
         together = len(items) > 1 and all(map(_is_immutable, items))
-        tasks = [pickling.dump_named(items)] if together else [pickling.dump_task(i, task) for i, task in enumerate(items)]
-        wire = (tasks, together, self._pickle_nested(nested), self._limits, self._initializer)
+        if together:
+            tasks = [pickling.dump_named(items)]
+        else:
+            tasks = [pickling.dump_task(index, task) for index, task in enumerate(items)]
+        wire = (tasks, together, self._pickle_nested(nested), limits, self._initializer)
         return Payload(
             wire,
             pickling.residents,
@@ -175,6 +210,54 @@ class Encoder:
         return self._nested[1]
 
 
+@dataclass(frozen=True)
+class RemoteReference:
+    """Stands for an object that is on the cluster already; a worker puts a copy of the object in its place."""
+
+    key: str
+
+    def __reduce__(self) -> Any:
+        return _resolve, (self.key,)
+
+
+_resolvable: ContextVar[tuple[Mapping[str, Any], ResidentScope] | None] = ContextVar("resolvable", default=None)
+
+
+@contextmanager
+def resolving(objects: Mapping[str, Any], scope: ResidentScope) -> Iterator[None]:
+    """Let :class:`RemoteReference` find ``objects`` by key, in this thread and this block."""
+    token = _resolvable.set((objects, scope))
+    try:
+        yield
+    finally:
+        _resolvable.reset(token)
+
+
+def _resolve(key: str) -> Any:
+    """Return a copy of a remote object that the task may change: its buffers are mapped copy-on-write."""
+    resolvable = _resolvable.get()
+    assert resolvable is not None, f"{key} was sent to a worker that does not have it"
+    objects, scope = resolvable
+    pickling = _Pickling(Encoder(Config(), scope), min_nbytes=Config().max_nbytes)
+    return load_task(*pickling.dump(objects[key]))
+
+
+def missing_files(wire: Wire) -> list[str]:
+    """Return the files of residents that this process cannot read."""
+    paths = {BufferRef(*ref).path for _, refs in wire[0] for ref in refs}
+    return [path for path in paths if not os.access(path, os.R_OK)]
+
+
+def moved_files(wire: Wire, moved: Mapping[str, BufferRef]) -> Wire:
+    """Return ``wire`` with the files of ``moved`` in the places where this machine has them."""
+    tasks = [(stream, [_moved(BufferRef(*ref), moved) for ref in refs]) for stream, refs in wire[0]]
+    return (tasks, *wire[1:])
+
+
+def _moved(ref: BufferRef, moved: Mapping[str, BufferRef]) -> BufferRef:
+    return ref._replace(path=moved[ref.path].path) if ref.path in moved else ref
+
+
 def load_task(stream: bytes, refs: Iterable[BufferRef]) -> Any:
     """Return the task, or list of tasks, of one pickle; its buffers are mapped for it alone."""
     return pickle.loads(stream, buffers=[map_buffer(BufferRef(*ref)) for ref in refs])
@@ -209,10 +292,8 @@ class _Pickling:
 
     def dump_task(self, index: int, task: Task) -> tuple[bytes, list[BufferRef]]:
         function, args, kwargs = task
-        threshold = self._min_nbytes
-        if threshold is not None:
-            args = tuple(_placed_if_large(value, threshold) for value in args)
-            kwargs = {name: _placed_if_large(value, threshold) for name, value in kwargs.items()}
+        args = tuple(self._encoder.outgoing(value, self._min_nbytes) for value in args)
+        kwargs = {name: self._encoder.outgoing(value, self._min_nbytes) for name, value in kwargs.items()}
         return self.dump_named((function, args, kwargs), index)
 
     def dump_named(self, value: Any, index: int = 0) -> tuple[bytes, list[BufferRef]]:

@@ -166,7 +166,7 @@ class Store:
         """Return the resident and offset whose bytes equal ``buffer``, a part of memory that was placed whole."""
         for region in list(self._regions.values()):
             offset = address - region.address
-            if 0 <= offset and offset + buffer.nbytes <= region.nbytes:
+            if offset >= 0 and offset + buffer.nbytes <= region.nbytes:
                 resident = region.resident()
                 if resident and resident.slice_digest(offset, buffer.nbytes) == digest:
                     return resident, offset

@@ -29,6 +29,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+from ..budget import thread_limits
 from ..config import Config
 from ..data.codec import Encoder, Payload
 from ..errors import ConfigurationError, MissingDependencyError
@@ -80,6 +81,11 @@ class Tier(ABC):
     @abstractmethod
     def capacity(cls, config: Config) -> int:
         """Return how many batches can run at once: what ``n_jobs=-1`` means here."""
+
+    @classmethod
+    def task_limits(cls, config: Config, n_jobs: int) -> dict[str, int]:
+        """Return the threads per library kind that a task may use where this tier runs it."""
+        return thread_limits(config, n_jobs)
 
     @classmethod
     def is_available(cls) -> bool:

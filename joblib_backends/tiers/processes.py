@@ -188,12 +188,12 @@ class _Executor(ProcessPoolExecutor):  # type: ignore[misc]
     """loky's executor, able to grow: it starts missing workers at each submit, up to ``_max_workers``."""
 
     def __init__(self, n_workers: int, idle_timeout_s: float) -> None:
-        self._room = max(n_workers, joblib.cpu_count())
+        self._room: int = max(n_workers, joblib.cpu_count())
         super().__init__(max_workers=n_workers, timeout=idle_timeout_s)
 
     @property
     def n_workers(self) -> int:
-        return max(self._max_workers, len(self._processes))
+        return max(int(self._max_workers), len(self._processes))
 
     def has_room_for(self, n_workers: int) -> bool:
         """Return whether the call queue, whose size is fixed, feeds so many workers."""
