@@ -11,7 +11,6 @@ Latency: with ``supports_retrieve_callback = True`` joblib's main thread polls e
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import sys
@@ -221,7 +220,8 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         return workers
 
     def _bound_to(self, parallel: Any) -> HybridBackend:
-        bound = copy.copy(self)
+        bound = object.__new__(type(self))  # not copy.copy, which would go through __reduce__
+        bound.__dict__.update(self.__dict__)
         # Weak, or the cycle would keep the context's workers and files until the garbage collector comes by.
         bound._parallel_ref = weakref.ref(parallel)
         bound.parallel = weakref.proxy(parallel)
@@ -322,9 +322,12 @@ def make_named(name: str, nesting_level: int | None) -> Any:
     """Return a new backend that joblib knows by ``name``; KeyError if it knows none."""
     if name not in joblib_parallel.BACKENDS:
         joblib_parallel.EXTERNAL_BACKENDS[name]()
-    backend = joblib_parallel.BACKENDS[name]()
-    backend.nesting_level = nesting_level
-    return backend
+    if name in joblib_parallel.EXTERNAL_BACKENDS:
+        # joblib's dask backend takes nesting_level for a keyword of Client.submit (joblib 1.6, _dask.py:165).
+        backend = joblib_parallel.BACKENDS[name]()
+        backend.nesting_level = nesting_level
+        return backend
+    return joblib_parallel.BACKENDS[name](nesting_level=nesting_level)
 
 
 def make_default(name: str, factory: Callable[..., Any]) -> None:

@@ -61,9 +61,9 @@ class BatchFuture(Future[list[Any]]):
         super().__init__()
         self.callback = callback
         self.size = size
-        #: Set when joblib's callback has returned, or will not be called.
+        # Set when joblib's callback has returned, or will not be called.
         self.settled = threading.Event()
-        #: The batch, while it waits to be run by the thread that asks for its result.
+        # The batch, while it waits to be run by the thread that asks for its result.
         self.for_caller: _Batch | None = None
 
 
@@ -163,8 +163,13 @@ class Call:
             with self._lock:
                 self._waiting.append(batch)
             self._start_waiting()
-        if self._failure is not None:
-            self._end_with(future, self._failure)
+        with self._lock:
+            # The call may have failed meanwhile. Only who takes a future out of the unfinished may end it.
+            failure = self._failure if future in self._unfinished else None
+            if failure is not None:
+                self._unfinished.discard(future)
+        if failure is not None:
+            _end_with(future, failure)
         return future
 
     def _prepare(self, future: BatchFuture, function: Callable[[], Any], nested: tuple[Any, int | None]) -> _Batch:
@@ -335,14 +340,9 @@ class Call:
             self._waiting.clear()
             unfinished, self._unfinished = self._unfinished, set()
         for future in unfinished:
-            self._end_with(future, error)
+            _end_with(future, error)
         if culprit is not None and self._calls_back_on_failure:
             self._call_back(culprit)
-
-    def _end_with(self, future: BatchFuture, error: BaseException) -> None:
-        if not future.done():
-            future.set_exception(error)
-        future.settled.set()
 
     # ---- called in the completion thread only
 
@@ -388,6 +388,11 @@ class Call:
             self._fail(error, None)
         finally:
             future.settled.set()
+
+
+def _end_with(future: BatchFuture, error: BaseException) -> None:
+    future.set_exception(error)
+    future.settled.set()
 
 
 def _run_now(batch: _Batch) -> Outcome:

@@ -270,25 +270,24 @@ def describe(function: Any) -> str:
 
 
 class _Pickling:
-    """One batch on its way into bytes: a pickler, what it refers to, and the count of bytes."""
+    """One batch on its way into bytes: what its pickles refer to, and the count of bytes."""
 
     def __init__(self, encoder: Encoder, *, min_nbytes: int | None) -> None:
         self._encoder = encoder
         self._min_nbytes = min_nbytes
-        self._stream = io.BytesIO()
-        self._pickler = _Pickler(self._stream, self._take_buffer, encoder.is_resident)
         self._refs: list[BufferRef] = []
         self.residents: list[Resident] = []
         self.nbytes_placed = 0
         self.nbytes_saved = 0
 
     def dump(self, value: Any) -> tuple[bytes, list[BufferRef]]:
+        """Return the pickle of ``value`` and where its buffers are."""
         self._refs = []
-        self._stream.seek(0)
-        self._stream.truncate()
-        self._pickler.clear_memo()
-        self._pickler.dump(value)
-        return self._stream.getvalue(), self._refs
+        stream = io.BytesIO()
+        # A new pickler each time, 2 µs: tasks must not share its memo, and kept here it would be a cycle that
+        # holds the context, with its workers, until the garbage collector comes by.
+        _Pickler(stream, self._take_buffer, self._encoder.is_resident).dump(value)
+        return stream.getvalue(), self._refs
 
     def dump_task(self, index: int, task: Task) -> tuple[bytes, list[BufferRef]]:
         function, args, kwargs = task
