@@ -145,9 +145,13 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         # joblib gives a level when it makes a backend for one Parallel object, or as the default. Such a one lives
         # too briefly to keep anything, and shares what the process keeps.
         self._context = _Context.of_calls() if nesting_level is None else self._context_of_process()
-        self._parallel_ref: Callable[[], Any] = lambda: None
+        self._bind_to_nothing()
+
+    def _bind_to_nothing(self) -> None:
+        self._parallel_ref: Callable[[], Any] = _no_parallel
         self._facts = self._observe(self.config)
         self._call_config = self.config
+        self._workers = 1
         self._nested: tuple[HybridBackend, None] | None = None
         self._call: Call | None = None
 
@@ -156,8 +160,9 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         return f"<HybridBackend tier={self.config.tier!r} nesting_level={self.nesting_level}{call}>"
 
     def __reduce__(self) -> Any:
-        portable = {"tier": self.config.tier, "idle_worker_timeout": self.config.idle_worker_timeout}
-        return _rebuild_nested, (portable, self.config.cores, self.nesting_level)
+        config = self.config
+        portable = Config(config.tier, idle_worker_timeout=config.idle_worker_timeout, cores=config.cores)
+        return _nested_backend, (portable, self.nesting_level)
 
     def close(self) -> None:
         """Let go now of what was placed and started for this backend, as the end of the ``with`` block does."""
@@ -243,15 +248,11 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
     def _make_nested(self, workers: int) -> HybridBackend:
         """Return the backend of calls inside a task: its share of the cores, and one job where none is asked for."""
         config = self._call_config
-        portable = {
-            "tier": config.tier if config.tier in _INHERITED_TIERS else "auto",
-            "idle_worker_timeout": config.idle_worker_timeout,
-        }
         # The cores of this machine say nothing about those of a cluster's workers.
         cores = 1 if self._facts.wants_cluster else cores_per_task(available_cores(config), workers)
-        nested = _rebuild_nested(portable, cores, (self.nesting_level or 0) + 1)
-        nested._context = self._context
-        return nested
+        tier = config.tier if config.tier in _INHERITED_TIERS else "auto"
+        inherited = Config(tier=tier, idle_worker_timeout=config.idle_worker_timeout, cores=cores)
+        return _nested_backend(inherited, (self.nesting_level or 0) + 1, self._context)
 
     def get_nested_backend(self) -> tuple[Any, None]:
         """Return the backend, and n_jobs, for ``Parallel`` calls inside tasks; joblib asks once per batch."""
@@ -266,7 +267,7 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
             functools.partial(_route, self._facts),
             self._context.scope,
             self._context.warm,
-            calls_back_on_failure=self.supports_retrieve_callback,
+            return_as=self.parallel.return_as,
         )
 
     def stop_call(self) -> None:
@@ -351,11 +352,19 @@ def _route(facts: Facts, function: Callable[[], Any]) -> Plan:
     return choose_tier(dataclasses.replace(facts, trusted_on_threads=trusted))
 
 
-def _rebuild_nested(portable: dict[str, Any], cores: int | None, nesting_level: int | None) -> HybridBackend:
-    """Return a nested backend; called where tasks run."""
-    backend = HybridBackend(nesting_level=nesting_level, **portable)
-    backend.config = backend._call_config = dataclasses.replace(backend.config, cores=cores)
-    backend._facts = backend._observe(backend.config)
+def _no_parallel() -> None:
+    """Stand for the reference to a ``Parallel`` object of a backend that is bound to none."""
+
+
+def _nested_backend(config: Config, nesting_level: int | None, context: _Context | None = None) -> HybridBackend:
+    """Return a backend for calls inside tasks; called in the parent for each call, and where tasks run."""
+    backend: HybridBackend = object.__new__(HybridBackend)
+    # Not by __init__, which reads the environment: 100 µs of a warm call.
+    AutoBatchingMixin.__init__(backend, nesting_level=nesting_level)
+    backend.config = config
+    backend._given = frozenset()
+    backend._context = context or HybridBackend._context_of_process()
+    backend._bind_to_nothing()
     if nesting_level:
         backend.default_n_jobs = 1
     return backend

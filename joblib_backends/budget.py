@@ -7,20 +7,31 @@ BLAS limit for the whole process (threadpoolctl#205), so the two are set in diff
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import joblib
 from threadpoolctl import ThreadpoolController
 
-from .config import Config, blas_variables_set
+from .config import Config, max_cpu_count_variable, thread_kinds_fixed
 
-__all__ = ["available_cores", "cores_per_task", "is_daemonic", "resolve_n_jobs", "thread_limits"]
+__all__ = [
+    "available_cores",
+    "cores_per_task",
+    "is_daemonic",
+    "keep_limits",
+    "keep_thread_limits",
+    "process_wide_limit",
+    "resolve_n_jobs",
+    "thread_limits",
+]
 
 
 def available_cores(config: Config) -> int:
@@ -28,7 +39,17 @@ def available_cores(config: Config) -> int:
 
     :func:`joblib.cpu_count` respects affinity, cgroup quotas and ``LOKY_MAX_CPU_COUNT``.
     """
-    return config.cores if config.cores is not None else int(joblib.cpu_count())
+    if config.cores is not None:
+        return config.cores
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return _count_cores(affinity, max_cpu_count_variable())
+
+
+@functools.lru_cache(maxsize=16)
+def _count_cores(affinity: int, variable: str | None) -> int:
+    # joblib reads files of the cgroup each time, 110 µs, and a warm call asks several times: the count is kept for
+    # as long as what can change it within a process has not.
+    return int(joblib.cpu_count())
 
 
 def cores_per_task(cores: int, n_jobs: int) -> int:
@@ -58,7 +79,7 @@ def thread_limits(config: Config, n_jobs: int) -> dict[str, int]:
     if config.inner_max_num_threads is not None:
         return {"openmp": config.inner_max_num_threads, "blas": config.inner_max_num_threads}
     share = cores_per_task(available_cores(config), n_jobs)
-    return {api: share for api in ("openmp", "blas") if api not in blas_variables_set()}
+    return {kind: share for kind in ("openmp", "blas") if kind not in thread_kinds_fixed()}
 
 
 class _Libraries:
@@ -82,32 +103,33 @@ class _Libraries:
             return cls._controller.limit(limits=dict(limits))
 
 
-class _Applied(threading.local):
-    """What this thread has applied already: applying again would cost 65 µs a batch."""
+class _Kept(threading.local):
+    """The limits of this thread: applying the same again would cost 65 µs a batch."""
 
-    key: tuple[Any, ...] | None = None
-
-
-_applied = _Applied()
+    key: tuple[Any, ...] = ()
+    limiter: Any = None
 
 
-def _keep_limits(limits: Mapping[str, int]) -> None:
-    """Apply ``limits`` to this thread and its process for good, unless that was done already."""
-    key = (tuple(sorted(limits.items())), len(sys.modules))
-    if limits and _applied.key != key:
-        _Libraries.limit(limits)
-        _applied.key = (tuple(sorted(limits.items())), len(sys.modules))
+_kept = _Kept()
 
 
-def kept_limits(limits: Mapping[str, int]) -> AbstractContextManager[None]:
-    """Apply ``limits`` for good and return a context that does not undo them."""
-    _keep_limits(limits)
-    return nullcontext()
+def keep_limits(limits: Mapping[str, int]) -> None:
+    """Have ``limits`` in this thread, and with "blas" in its process, until it is told others.
+
+    Called in workers, which are ours alone.
+    """
+    key = (*sorted(limits.items()), len(sys.modules)) if limits else ()
+    if key == _kept.key:
+        return
+    if _kept.limiter is not None:
+        _kept.limiter.restore_original_limits()
+    _kept.limiter = _Libraries.limit(limits) if limits else None
+    _kept.key = (*sorted(limits.items()), len(sys.modules)) if limits else ()
 
 
 def keep_thread_limits(limits: Mapping[str, int]) -> None:
-    """Apply the limits that hold per thread to this worker thread, which is ours alone."""
-    _keep_limits({api: n for api, n in limits.items() if api == "openmp"})
+    """Have the limits that hold per thread in this worker thread, which is ours alone."""
+    keep_limits({kind: n for kind, n in limits.items() if kind == "openmp"})
 
 
 @dataclass

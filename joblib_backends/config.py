@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from .errors import ConfigurationError
 
-__all__ = ["Activation", "Config", "activation_from_environment", "blas_variables_set", "silence_children"]
+__all__ = ["Activation", "Config", "activation_from_environment", "silence_children", "thread_kinds_fixed"]
 
 PREFIX: Final = "JOBLIB_BACKEND"
 
@@ -109,7 +109,12 @@ def silence_children() -> None:
     os.environ[f"{PREFIX}_QUIET"] = "1"
 
 
-def blas_variables_set() -> frozenset[str]:
+def max_cpu_count_variable() -> str | None:
+    """Return loky's ``LOKY_MAX_CPU_COUNT``, which caps the count of cores."""
+    return os.environ.get("LOKY_MAX_CPU_COUNT")
+
+
+def thread_kinds_fixed() -> frozenset[str]:
     """Return which of "openmp" and "blas" the user has fixed by an environment variable."""
     return frozenset(
         api for api, variables in _THREAD_VARIABLES.items() if any(name in os.environ for name in variables)

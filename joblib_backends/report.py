@@ -28,7 +28,9 @@ class CallReport:
     seconds : float
         Seconds from start to end of the call, and ``busy_seconds`` the sum over its batches.
     nbytes_moved : int
-        Bytes sent to workers or placed for them; 0 where memory is shared.
+        Bytes of large buffers that were placed where workers read them; 0 where memory is shared.
+    nbytes_pickled : int
+        Bytes of the batches themselves, with the small buffers in them.
     nbytes_saved : int
         Bytes that were resident already and did not move again.
     failed : bool
@@ -44,16 +46,18 @@ class CallReport:
     seconds: float
     busy_seconds: float
     nbytes_moved: int
+    nbytes_pickled: int
     nbytes_saved: int
     failed: bool
 
     def __str__(self) -> str:
         outcome = "failed after" if self.failed else "done in"
+        moved, saved = readable_nbytes(self.nbytes_moved), readable_nbytes(self.nbytes_saved)
         return (
             f"{self.function}: {self.tasks} tasks in {self.batches} batches {outcome} {self.seconds:.3f} s\n"
             f"  tier   {self.tier}, n_jobs={self.n_jobs}\n"
             f"  reason {self.reason}\n"
-            f"  bytes  {readable_nbytes(self.nbytes_moved)} moved, {readable_nbytes(self.nbytes_saved)} not moved again"
+            f"  bytes  {moved} moved, {saved} not moved again, {readable_nbytes(self.nbytes_pickled)} pickled"
         )
 
 

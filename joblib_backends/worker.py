@@ -18,8 +18,8 @@ from typing import Any, Final
 import cloudpickle
 from joblib import parallel_config
 
-from .budget import keep_thread_limits, kept_limits, process_wide_limit
-from .data.codec import Wire, describe, load_task
+from .budget import keep_limits, keep_thread_limits, process_wide_limit
+from .data.codec import Wire, describe, load
 from .errors import RemoteTraceback, ResultPicklingError, TaskLoadError
 
 __all__ = ["Outcome", "PackedOutcome", "run_here", "run_payload", "unpack"]
@@ -58,7 +58,9 @@ def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
     """
     started = time.perf_counter()
     try:
-        with kept_limits(wire[3]) if owns_process else process_wide_limit.applied(wire[3]):
+        if owns_process:
+            keep_limits(wire[3])
+        with process_wide_limit.applied({} if owns_process else wire[3]):
             results = _run_tasks(wire)
         packed = _pack_results(results)
     except BaseException as error:
@@ -89,26 +91,26 @@ def unpack(outcome: PackedOutcome) -> Outcome:
 
 
 def _run_tasks(wire: Wire) -> list[Any]:
-    tasks, together, nested, _, initializer = wire
+    function_pickles, task_pickles, nested, _, initializer = wire
     _initialize_once(initializer)
     backend, n_jobs = pickle.loads(nested)
+    results: list[Any] = []
     with parallel_config(backend=backend, n_jobs=n_jobs):
-        if together:
-            return [function(*args, **kwargs) for function, args, kwargs in _load(0, *tasks[0])]
-        return [_run_one(index, stream, refs) for index, (stream, refs) in enumerate(tasks)]
+        functions = [_load("function", *pickled) for pickled in function_pickles]
+        for pickled in task_pickles:
+            results += [
+                (functions[callee] if type(callee) is int else callee)(*args, **kwargs)
+                for callee, args, kwargs in _load(f"task {len(results)}", *pickled)
+            ]
+    return results
 
 
-def _run_one(index: int, stream: bytes, refs: Any) -> Any:
-    function, args, kwargs = _load(index, stream, refs)
-    return function(*args, **kwargs)
-
-
-def _load(index: int, stream: bytes, refs: Any) -> Any:
+def _load(part: str, stream: bytes, refs: Any) -> Any:
     try:
-        return load_task(stream, refs)
+        return load(stream, refs)
     except Exception as error:
         raise TaskLoadError(
-            f"A worker could not load the task {index} of a batch: {type(error).__name__}: {error}. {_load_hint(error)}"
+            f"A worker could not load the {part} of a batch: {type(error).__name__}: {error}. {_load_hint(error)}"
         ) from error
 
 

@@ -5,12 +5,13 @@ buffers of at least ``max_nbytes`` leave the pickle and become residents of the 
 its own, so tasks that share a batch never share an object: four tasks doing ``X[0] += 1`` each see the X that
 was sent.
 
-Who runs where: :class:`Encoder` in the parent, in whichever thread submits; :func:`load_task` in the worker.
+Who runs where: :class:`Encoder` in the parent, in whichever thread submits; :func:`load` in the worker.
 
 ::
 
-    Payload.wire = (tasks, together, nested, limits, initializer)      plain builtins, cheap to pickle again
-        tasks    = [(pickle, [BufferRef, ...]), ...]                  or one pickle of all of them, "together"
+    Payload.wire = (functions, tasks, nested, limits, initializer)    plain builtins, cheap to pickle again
+        functions = [(pickle, [BufferRef, ...]), ...]    plain functions, loaded once for the batch
+        tasks     = [(pickle of [(function or its position, args, kwargs), ...], [BufferRef, ...]), ...]
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ __all__ = [
     "RemoteReference",
     "Wire",
     "describe",
-    "load_task",
+    "load",
     "missing_files",
     "moved_files",
     "resolving",
 ]
 
 Task = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-Wire = tuple[list[tuple[bytes, list[BufferRef]]], bool, bytes, dict[str, int], bytes]
+Pickle = tuple[bytes, list[BufferRef]]
+Wire = tuple[list[Pickle], list[Pickle], bytes, dict[str, int], bytes]
 
 #: Values that tasks may share, since nobody can change them: such tasks travel in one pickle.
 _IMMUTABLE: Final = frozenset({int, float, complex, bool, str, bytes, type(None), FunctionType, BuiltinFunctionType})
@@ -85,12 +87,16 @@ class Encoder:
         ``max_nbytes``, ``mmap_mode``, ``temp_folder`` and the initializer.
     scope : ResidentScope
         What keeps placed buffers.
+    references : mapping of int to RemoteReference, optional
+        What to send in the place of an argument, by its ``id``; the caller keeps the arguments alive.
     """
 
-    def __init__(self, config: Config, scope: ResidentScope) -> None:
+    def __init__(
+        self, config: Config, scope: ResidentScope, references: Mapping[int, RemoteReference] | None = None
+    ) -> None:
         self._config = config
         self._scope = scope
-        self._substitutes: dict[int, tuple[Any, RemoteReference]] = {}
+        self._references = references or {}
         self._shared = config.mmap_mode in ("r+", "w+")
         self._shared_residents: dict[bytes, Resident] = {}
         self._initializer = _pickle_initializer(config)
@@ -117,14 +123,10 @@ class Encoder:
             self._scope.pin(resident)
         return pickling.nbytes_placed
 
-    def substitute(self, value: Any, reference: RemoteReference) -> None:
-        """Send ``reference`` wherever ``value`` is an argument of a task."""
-        self._substitutes[id(value)] = (value, reference)
-
     def outgoing(self, value: Any, threshold: int | None) -> Any:
         """Return what to pickle in the place of an argument."""
-        if id(value) in self._substitutes:
-            return self._substitutes[id(value)][1]
+        if id(value) in self._references:
+            return self._references[id(value)]
         return value if threshold is None else _placed_if_large(value, threshold)
 
     def encode(
@@ -149,16 +151,15 @@ class Encoder:
         items: Sequence[Task] = getattr(function, "items", None) or [(function, (), {})]
         max_nbytes = self._config.max_nbytes if self._config.mmap_mode is not None else None
         pickling = _Pickling(self, min_nbytes=max_nbytes)
-        together = len(items) > 1 and all(map(_is_immutable, items))
-        if together:
-            tasks = [pickling.dump_named(items)]
-        else:
-            tasks = [pickling.dump_task(index, task) for index, task in enumerate(items)]
-        wire = (tasks, together, self._pickle_nested(nested), limits, self._initializer)
+        try:
+            tasks = pickling.dump_tasks(items)
+        except Exception as error:
+            raise _named_error(items, error) from error
+        wire = (pickling.functions, tasks, self._pickle_nested(nested), limits, self._initializer)
         return Payload(
             wire,
             pickling.residents,
-            sum(len(stream) for stream, _ in tasks),
+            sum(len(stream) for stream, _ in (*pickling.functions, *tasks)),
             pickling.nbytes_placed,
             pickling.nbytes_saved,
         )
@@ -239,27 +240,29 @@ def _resolve(key: str) -> Any:
     assert resolvable is not None, f"{key} was sent to a worker that does not have it"
     objects, scope = resolvable
     pickling = _Pickling(Encoder(Config(), scope), min_nbytes=Config().max_nbytes)
-    return load_task(*pickling.dump(objects[key]))
+    return load(*pickling.dump(objects[key]))
 
 
 def missing_files(wire: Wire) -> list[str]:
     """Return the files of residents that this process cannot read."""
-    paths = {BufferRef(*ref).path for _, refs in wire[0] for ref in refs}
+    paths = {BufferRef(*ref).path for _, refs in (*wire[0], *wire[1]) for ref in refs}
     return [path for path in paths if not os.access(path, os.R_OK)]
 
 
 def moved_files(wire: Wire, moved: Mapping[str, BufferRef]) -> Wire:
     """Return ``wire`` with the files of ``moved`` in the places where this machine has them."""
-    tasks = [(stream, [_moved(BufferRef(*ref), moved) for ref in refs]) for stream, refs in wire[0]]
-    return (tasks, *wire[1:])
+    return (_moved(wire[0], moved), _moved(wire[1], moved), *wire[2:])
 
 
-def _moved(ref: BufferRef, moved: Mapping[str, BufferRef]) -> BufferRef:
-    return ref._replace(path=moved[ref.path].path) if ref.path in moved else ref
+def _moved(pickles: list[Pickle], moved: Mapping[str, BufferRef]) -> list[Pickle]:
+    return [
+        (stream, [ref._replace(path=moved[ref.path].path) if ref.path in moved else ref for ref in refs])
+        for stream, refs in pickles
+    ]
 
 
-def load_task(stream: bytes, refs: Iterable[BufferRef]) -> Any:
-    """Return the task, or list of tasks, of one pickle; its buffers are mapped for it alone."""
+def load(stream: bytes, refs: Iterable[BufferRef]) -> Any:
+    """Return what one pickle holds; its buffers are mapped for it alone."""
     return pickle.loads(stream, buffers=[map_buffer(BufferRef(*ref)) for ref in refs])
 
 
@@ -276,11 +279,13 @@ class _Pickling:
         self._encoder = encoder
         self._min_nbytes = min_nbytes
         self._refs: list[BufferRef] = []
+        self._positions: dict[int, int] = {}
+        self.functions: list[Pickle] = []
         self.residents: list[Resident] = []
         self.nbytes_placed = 0
         self.nbytes_saved = 0
 
-    def dump(self, value: Any) -> tuple[bytes, list[BufferRef]]:
+    def dump(self, value: Any) -> Pickle:
         """Return the pickle of ``value`` and where its buffers are."""
         self._refs = []
         stream = io.BytesIO()
@@ -289,17 +294,24 @@ class _Pickling:
         _Pickler(stream, self._take_buffer, self._encoder.is_resident).dump(value)
         return stream.getvalue(), self._refs
 
-    def dump_task(self, index: int, task: Task) -> tuple[bytes, list[BufferRef]]:
-        function, args, kwargs = task
+    def dump_tasks(self, tasks: Sequence[Task]) -> list[Pickle]:
+        """Return one pickle for all tasks if nothing in them can change, else one for each."""
+        if all(map(_is_immutable, tasks)):
+            return [self.dump(tasks)]
+        return [self._dump_task(*task) for task in tasks]
+
+    def _dump_task(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pickle:
         args = tuple(self._encoder.outgoing(value, self._min_nbytes) for value in args)
         kwargs = {name: self._encoder.outgoing(value, self._min_nbytes) for name, value in kwargs.items()}
-        return self.dump_named((function, args, kwargs), index)
+        callee = self._position_of(function) if type(function) is FunctionType else function
+        return self.dump([(callee, args, kwargs)])
 
-    def dump_named(self, value: Any, index: int = 0) -> tuple[bytes, list[BufferRef]]:
-        try:
-            return self.dump(value)
-        except Exception as error:
-            raise _named_error(value, index, error) from error
+    def _position_of(self, function: Any) -> int:
+        """Return where a plain function is among those of the batch: one of ``__main__`` takes 100 µs to pickle."""
+        if id(function) not in self._positions:
+            self.functions.append(self.dump(function))
+            self._positions[id(function)] = len(self.functions) - 1
+        return self._positions[id(function)]
 
     def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Called by pickle for each buffer; False takes it out of the pickle."""
@@ -405,10 +417,9 @@ def _pickle_initializer(config: Config) -> bytes:
         ) from error
 
 
-def _named_error(value: Any, index: int, error: Exception) -> TaskPicklingError:
+def _named_error(tasks: Sequence[Task], error: Exception) -> TaskPicklingError:
     """Return the error that names the task, and the argument that cannot travel."""
-    tasks = [(index, value)] if isinstance(value, tuple) else list(enumerate(value))
-    for position, (function, args, kwargs) in tasks:
+    for position, (function, args, kwargs) in enumerate(tasks):
         parts = {f"argument {i}": arg for i, arg in enumerate(args)}
         parts |= {f"argument {name!r}": arg for name, arg in kwargs.items()}
         for name, part in {"the function": function, **parts}.items():

@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Final
 
 from ..budget import thread_limits
 from ..config import Config
-from ..data.codec import Encoder, Payload
+from ..data.codec import Payload, RemoteReference
 from ..errors import ConfigurationError, MissingDependencyError
 from ..worker import Outcome
 
@@ -105,12 +105,9 @@ class Tier(ABC):
         """What to hold until the context ends, so that its next call finds workers running; None for nothing."""
         return None
 
-    def scatter(self, values: Sequence[Any], encoder: Encoder) -> int:
-        """Place ``values`` where workers read them, ahead of time, and return the bytes moved.
-
-        Called once per context, before the first batch, and only for a tier that does not share memory.
-        """
-        return encoder.scatter(values)
+    def references(self, values: Sequence[Any]) -> dict[int, RemoteReference]:
+        """Return what to send in the place of those scattered values that are on the workers already, by ``id``."""
+        return {}
 
     @abstractmethod
     def submit(self, work: Work) -> Future[Any]:

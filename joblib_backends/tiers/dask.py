@@ -36,7 +36,7 @@ from dask.base import is_dask_collection
 
 from ..config import Config
 from ..data.arrays import address_of
-from ..data.codec import Encoder, Payload, RemoteReference, Wire, missing_files, moved_files, resolving
+from ..data.codec import Payload, RemoteReference, Wire, missing_files, moved_files, resolving
 from ..data.scope import ResidentScope
 from ..data.store import Resident, default_store, map_buffer
 from ..errors import ClusterUnavailableError, ConfigurationError, WorkerLostError
@@ -99,13 +99,11 @@ class DaskTier(Tier):
         """Return batches that may wait on the cluster: none if its idle threads would run them too early."""
         return _LOOK_AHEAD * self._n_jobs if self._fills_cluster else 0
 
-    def scatter(self, values: Sequence[Any], encoder: Encoder) -> int:
-        """Place local values as residents; gather Dask's own collections and futures on the workers."""
-        local = [value for value in values if not _is_remote(value)]
-        for value in values:
-            if _is_remote(value):
-                encoder.substitute(value, RemoteReference(self._connection.hold_remote(value)))
-        return encoder.scatter(local)
+    def references(self, values: Sequence[Any]) -> dict[int, RemoteReference]:
+        """Have Dask's own collections and futures gathered on the workers, and return their keys."""
+        return {
+            id(value): RemoteReference(self._connection.hold_remote(value)) for value in values if _is_remote(value)
+        }
 
     def submit(self, work: Work) -> Future[Any]:
         """Hand a payload to the connection."""
@@ -201,6 +199,7 @@ class _Connection:
         self.outbox: queue.SimpleQueue[_Ticket | _Cancel | None] = queue.SimpleQueue()
         self._wait_s = wait_s
         self._n_threads = (0, -_CAPACITY_VALID_S)
+        self._held: dict[int, tuple[Any, str]] = {}
         self._remote_objects: dict[str, Any] = {}
         exchange = _Exchange(client, self.outbox, self._remote_objects)
         exchange.start()
@@ -238,10 +237,12 @@ class _Connection:
 
     def hold_remote(self, value: Any) -> str:
         """Have ``value``, a Dask collection or future, computed in one place of the cluster, and return its key."""
-        future = value if isinstance(value, distributed.Future) else self.client.compute(value)
-        key = str(future.key)
-        self._remote_objects[key] = future
-        return key
+        known = self._held.get(id(value))
+        if known is None:
+            future = value if isinstance(value, distributed.Future) else self.client.compute(value)
+            known = self._held[id(value)] = (value, str(future.key))
+            self._remote_objects[known[1]] = future
+        return known[1]
 
 
 class _Exchange:

@@ -1,8 +1,7 @@
 """Batches in threads of this process: no copies, no start-up, one GIL.
 
-The threads belong to one call and end with it, so nothing is left when a call is over and nested calls cannot
-wait for each other's threads; starting one takes 60 µs (measured). They are daemons: a task that hangs delays
-neither Ctrl-C nor the end of the interpreter, which the standard library's ThreadPoolExecutor would.
+The threads come from the crew of the process and go back to it after the call. No pool bounds them, so nested calls
+cannot wait for each other's threads; the scheduler bounds what runs.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from concurrent.futures import Future
 
 from ..budget import available_cores, process_wide_limit
 from ..config import Config
+from ..crew import Crew
 from ..worker import Outcome, run_here
 from .base import Tier, Work
 
@@ -40,10 +40,16 @@ class ThreadsTier(Tier):
         self._n_threads = 0
         self._n_unfinished = 0
         self._aborted = False
+        self._crew = Crew.shared()
         self._limit = contextlib.ExitStack()
 
     def __repr__(self) -> str:
         return f"<ThreadsTier {self._n_unfinished} batches on {self._n_threads}/{self._n_jobs} threads>"
+
+    @property
+    def warm(self) -> object:
+        """Return the crew: while a context holds it, its threads stay."""
+        return self._crew
 
     @property
     def look_ahead(self) -> int:
@@ -61,7 +67,7 @@ class ThreadsTier(Tier):
             self._n_threads += starts
         self._queue.put((work, future))
         if starts:
-            threading.Thread(target=self._work, name="joblib_backends-worker", daemon=True).start()
+            self._crew.run(self._work)
         return future
 
     def outcome(self, future: Future[Outcome]) -> Outcome:
@@ -82,7 +88,7 @@ class ThreadsTier(Tier):
             self._limit.close()
 
     def _work(self) -> None:
-        """Run batches until told to end. The body of a worker thread."""
+        """Run batches until told to end. Runs in a thread of the crew."""
         config = self._config
         initializer = functools.partial(config.initializer, *config.initargs) if config.initializer else None
         while (item := self._queue.get()) is not None:
