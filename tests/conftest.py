@@ -16,6 +16,9 @@ from joblib_backends.data.store import default_store
 
 TIERS = ["inline", "threads", "processes", "dask", "fake"]
 
+#: Tiers that users have; the fake one is for the contract itself.
+REAL_TIERS = ["inline", "threads", "processes", "dask"]
+
 #: Tiers whose workers do not see the parent's objects.
 COPYING_TIERS = ["processes", "dask", "fake"]
 
