@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import sys
 import threading
 import weakref
@@ -39,6 +40,9 @@ __all__ = ["HybridBackend"]
 
 #: What joblib passes to every backend and this one has no use for.
 _IGNORED_KEYWORDS: Final = ("context", "verbose")
+
+#: joblib's own, which a tier may replace; what a user writes is left alone.
+_DEFAULT_PRE_DISPATCH: Final = inspect.signature(joblib_parallel.Parallel).parameters["pre_dispatch"].default
 
 #: Nesting level from which an explicit n_jobs gets no more than its share of cores: there joblib's own backends run
 #: everything sequentially, against thread bombs.
@@ -154,6 +158,7 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         self._workers = 1
         self._nested: tuple[HybridBackend, None] | None = None
         self._call: Call | None = None
+        self._own_pre_dispatch = _DEFAULT_PRE_DISPATCH
 
     def __repr__(self) -> str:
         call = f" {self._call!r}" if self._call else ""
@@ -261,6 +266,7 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
 
     def start_call(self) -> None:
         """Open a call."""
+        self._widen_pre_dispatch()
         self._call = Call(
             self._call_config,
             self._workers,
@@ -269,6 +275,13 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
             self._context.warm,
             return_as=self.parallel.return_as,
         )
+
+    def _widen_pre_dispatch(self) -> None:
+        # joblib reads the attribute after start_call. It is set for each call, so it needs no setting back.
+        per_job = load_tier(choose_tier(self._facts).tier).pre_dispatch_per_job
+        if self.parallel.pre_dispatch in (_DEFAULT_PRE_DISPATCH, self._own_pre_dispatch):
+            self._own_pre_dispatch = _DEFAULT_PRE_DISPATCH if per_job is None else f"{per_job} * n_jobs"
+            self.parallel.pre_dispatch = self._own_pre_dispatch
 
     def stop_call(self) -> None:
         """End the call, and keep its report if it is an outermost one."""

@@ -77,6 +77,10 @@ class Tier(ABC):
     #: Whether ``submit`` runs the batch itself; it is then called by the thread that asks for the result.
     runs_in_caller: ClassVar[bool] = False
 
+    #: Tasks per job to take from the user's generator ahead of time, where joblib's default of 2 lets workers wait for
+    #: the network. A ``pre_dispatch`` that the user gave is never changed.
+    pre_dispatch_per_job: ClassVar[int | None] = None
+
     @classmethod
     @abstractmethod
     def capacity(cls, config: Config) -> int:

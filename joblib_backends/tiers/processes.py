@@ -195,6 +195,8 @@ class _Pool:
 class _Executor(ProcessPoolExecutor):  # type: ignore[misc]
     """loky's executor, able to grow: it starts missing workers at each submit, up to ``_max_workers``."""
 
+    _queue_count: int
+
     def __init__(self, n_workers: int, idle_timeout_s: float) -> None:
         self._room: int = max(n_workers, joblib.cpu_count())
         super().__init__(max_workers=n_workers, timeout=idle_timeout_s)
