@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors.py",),
     ("config.py",),
     ("events.py",),
+    ("crew.py",),
     ("budget.py",),
     ("thread_safety.py",),
     ("data/store.py",),

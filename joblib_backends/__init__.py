@@ -9,7 +9,7 @@ Importing the package registers the backend::
         GridSearchCV(pipe, grid, n_jobs=-1).fit(X, y)
 """
 
-from joblib import register_parallel_backend
+from joblib import register_parallel_backend as _register
 
 from .backend import HybridBackend
 from .errors import (
@@ -44,4 +44,4 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-register_parallel_backend("hybrid", HybridBackend)
+_register("hybrid", HybridBackend)

@@ -1,21 +1,28 @@
 """From environment variables to the default backend of a process.
 
-``JOBLIB_BACKEND=hybrid`` ends here, by one of two ways: the ``.pth`` file of the wheel, once joblib is imported, or
-``python -m joblib_backends run``. An explicit backend in the code still wins, because only joblib's defaults change.
+``JOBLIB_BACKEND=hybrid`` ends here, by one of two ways: the ``.pth`` file of the wheel, when joblib first wants its
+default, or ``python -m joblib_backends run``. An explicit backend in the code still wins, because only joblib's
+defaults change.
+
+Invariant: nothing is read or checked before a program uses ``Parallel``; a value that cannot be used is one
+:class:`~joblib_backends.errors.ConfigurationError` there, at every use.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+import contextlib
+import multiprocessing
+from typing import Any, ClassVar, Final
 
 from .backend import make_default, make_named, registered_names
-from .config import Activation, activation_from_environment, silence_children
-from .errors import ConfigurationError
+from .config import Activation, activation_from_environment
+from .errors import ConfigurationError, HybridError
 from .report import announce
 
 __all__ = ["activate"]
 
 #: The name under which joblib finds the default; it shows in joblib's list of backends, so it says what it is.
+#: The same as in pth/_joblib_backends_hook.py.
 _NAME: Final = "from-environment"
 
 
@@ -26,18 +33,31 @@ def activate(activation: Activation | None = None) -> None:
     ----------
     activation : Activation, optional
         What to select; by default what the environment says, and nothing if it says nothing.
+
+    Raises
+    ------
+    ConfigurationError
+        If ``JOBLIB_BACKEND_N_JOBS`` is not a whole number other than zero.
     """
     selected = activation_from_environment() if activation is None else activation
     if selected is not None:
-        make_default(_NAME, _Factory(selected))
+        make_default(_NAME, _Factory(selected), like=selected.backend)
 
 
 class _Factory:
-    """Makes the selected backend whenever joblib wants its default; the first time it says so."""
+    """Makes the selected backend whenever joblib wants its default; the first time it says so.
+
+    Thread-safe: joblib calls it in any thread that makes a ``Parallel`` object.
+    """
+
+    #: Taken by the first factory that speaks: two threads that want joblib's default at once may make two.
+    _turns: ClassVar[list[None]] = [None]
 
     def __init__(self, activation: Activation) -> None:
         self._activation = activation
-        self._announced = activation.quiet
+
+    def __repr__(self) -> str:
+        return f"<_Factory of {self._activation.backend!r} from the environment>"
 
     def __call__(self, nesting_level: int | None = None) -> Any:
         backend = self._make(nesting_level)
@@ -51,17 +71,25 @@ class _Factory:
 
     def _make(self, nesting_level: int | None) -> Any:
         name = self._activation.backend
+        known = [registered for registered in registered_names() if registered != _NAME]
+        if name not in known:
+            raise ConfigurationError.not_one_of("The environment variable JOBLIB_BACKEND", name, known)
         try:
             return make_named(name, nesting_level)
-        except KeyError as error:
-            raise ConfigurationError.not_one_of(
-                "The environment variable JOBLIB_BACKEND", name, [n for n in registered_names() if n != _NAME]
+        except HybridError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"The environment variable JOBLIB_BACKEND is {name!r}, but that backend cannot be made here: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}."
             ) from error
 
     def _announce(self) -> None:
-        if not self._announced:
-            self._announced = True
-            silence_children()
+        # Children repeat what their parent does, and one line is enough.
+        if self._activation.quiet or multiprocessing.parent_process() is not None:
+            return
+        with contextlib.suppress(IndexError):
+            self._turns.pop()  # atomic
             announce(
                 f"JOBLIB_BACKEND={self._activation.backend} from the environment is the default backend of this "
                 "process (JOBLIB_BACKEND_QUIET=1 hides this line)."

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import sys
 import threading
 import weakref
@@ -58,11 +59,23 @@ class _Context:
 
     scope: ResidentScope
     warm: dict[str, object] = field(default_factory=dict)
+    pid: int = field(default_factory=os.getpid)
 
     @classmethod
     def of_calls(cls) -> _Context:
         """Return the context of a ``with`` block, or of whoever else holds a backend."""
         return cls(ResidentScope(default_store(), outlives_calls=True))
+
+    def leave_to_parent(self) -> None:
+        """Start anew in a forked child: files, locks and workers are the parent's."""
+        if self.pid != os.getpid():
+            _inherited.append((self.scope, self.warm))
+            self.scope = ResidentScope(default_store(), outlives_calls=True)
+            self.warm, self.pid = {}, os.getpid()
+
+
+#: What a forked child must neither use nor let go of, because its end takes locks that the parent may have held.
+_inherited: Final[list[object]] = []
 
 
 class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
@@ -266,6 +279,7 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
 
     def start_call(self) -> None:
         """Open a call."""
+        self._context.leave_to_parent()
         self._widen_pre_dispatch()
         self._call = Call(
             self._call_config,
@@ -308,6 +322,8 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         call = self._call
         if call is None:
             raise RuntimeError("A batch was submitted to the hybrid backend outside of a call.")
+        if callback is not None:
+            callback = functools.partial(_call_back, self.parallel, callback)
         return call.submit(func, callback, self.get_nested_backend())
 
     def retrieve_result(self, out: BatchFuture | None, timeout: float | None = None) -> list[Any]:
@@ -344,16 +360,19 @@ def make_named(name: str, nesting_level: int | None) -> Any:
     return joblib_parallel.BACKENDS[name](nesting_level=nesting_level)
 
 
-def make_default(name: str, factory: Callable[..., Any]) -> None:
+def make_default(name: str, factory: Callable[..., Any], *, like: str) -> None:
     """Register ``factory`` and make it what joblib takes where the code names no backend.
 
-    joblib's hints prefer="threads" and prefer="processes" replace the default by two further defaults, so all three
-    names change; ``register_parallel_backend(make_default=True)`` sets only the first.
+    joblib's hints replace the default by two further defaults, so all three names change;
+    ``register_parallel_backend(make_default=True)`` sets only the first. The one for threads serves
+    require="sharedmem" and stays what it is if the backend that the factory makes, ``like``, has no shared memory:
+    joblib would fail.
     """
     joblib_parallel.register_parallel_backend(name, factory)
     joblib_parallel.DEFAULT_BACKEND = name
-    joblib_parallel.DEFAULT_THREAD_BACKEND = name
     joblib_parallel.DEFAULT_PROCESS_BACKEND = name
+    if getattr(joblib_parallel.BACKENDS.get(like), "supports_sharedmem", False):
+        joblib_parallel.DEFAULT_THREAD_BACKEND = name
 
 
 def _route(facts: Facts, function: Callable[[], Any]) -> Plan:
@@ -363,6 +382,27 @@ def _route(facts: Facts, function: Callable[[], Any]) -> Plan:
         return plan
     trusted = may_run_on_threads(getattr(function, "items", None) or [(function, (), {})])
     return choose_tier(dataclasses.replace(facts, trusted_on_threads=trusted))
+
+
+def _call_back(parallel: Any, callback: Callback, future: BatchFuture) -> None:
+    """Call joblib back, and raise what the user's generator of tasks raised meanwhile.
+
+    joblib registers an ``Exception`` of the generator as a failed job and goes on; raised here, it ends what runs.
+    Anything else (``sys.exit``, Ctrl-C) would leave joblib waiting for tasks that nobody dispatches any more, so it
+    is registered the same way.
+    """
+    try:
+        callback(future)
+    except BaseException as error:
+        job = joblib_parallel.BatchCompletionCallBack(0, 0, parallel)
+        parallel._register_new_job(job)
+        job._register_outcome({"result": error, "status": joblib_parallel.TASK_ERROR})
+        raise
+    if parallel._aborting and parallel.return_ordered:
+        with parallel._lock:
+            failed = [job for job in parallel._jobs if job.status == joblib_parallel.TASK_ERROR]
+        if failed:
+            raise failed[0]._result
 
 
 def _no_parallel() -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "is_daemonic",
     "keep_limits",
     "keep_thread_limits",
+    "limited",
     "process_wide_limit",
     "resolve_n_jobs",
     "thread_limits",
@@ -175,3 +176,16 @@ class ProcessWideLimit:
 
 
 process_wide_limit = ProcessWideLimit()
+
+
+@contextmanager
+def limited(limits: Mapping[str, int]) -> Iterator[None]:
+    """Keep to ``limits`` inside the block, in a thread that is not ours, and put back what was there."""
+    openmp = {kind: n for kind, n in limits.items() if kind == "openmp"}
+    with process_wide_limit.applied(limits):
+        limiter = _Libraries.limit(openmp) if openmp else None
+        try:
+            yield
+        finally:
+            if limiter is not None:
+                limiter.restore_original_limits()

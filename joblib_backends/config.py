@@ -14,7 +14,14 @@ from typing import Any, Final
 
 from .errors import ConfigurationError
 
-__all__ = ["Activation", "Config", "activation_from_environment", "silence_children", "thread_kinds_fixed"]
+__all__ = [
+    "Activation",
+    "Config",
+    "activation_from_environment",
+    "select_backend",
+    "thread_kinds_fixed",
+    "variables_set",
+]
 
 PREFIX: Final = "JOBLIB_BACKEND"
 
@@ -104,9 +111,15 @@ def activation_from_environment() -> Activation | None:
     return Activation(backend, _environment_n_jobs(), _environment_flag(f"{PREFIX}_QUIET"))
 
 
-def silence_children() -> None:
-    """Keep child processes from repeating the line that says that the environment chose the backend."""
-    os.environ[f"{PREFIX}_QUIET"] = "1"
+def select_backend(name: str) -> None:
+    """Set ``JOBLIB_BACKEND`` for this process and its children, unless it is set."""
+    if not os.environ.get(PREFIX, "").strip():
+        os.environ[PREFIX] = name
+
+
+def variables_set() -> dict[str, str]:
+    """Return the variables of ours that are set, by name."""
+    return {name: text for name, text in sorted(os.environ.items()) if f"{name}_".startswith(f"{PREFIX}_")}
 
 
 def max_cpu_count_variable() -> str | None:

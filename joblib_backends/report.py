@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ def readable_nbytes(nbytes: int) -> str:
 
 
 def announce(line: str) -> None:
-    """Write one line to stderr."""
-    sys.stderr.write(f"joblib_backends: {line}\n")
-    sys.stderr.flush()
+    """Write one line to stderr, where there is one: services and windowed programs have none, or a closed one."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(f"joblib_backends: {line}\n")
+        sys.stderr.flush()

@@ -254,7 +254,9 @@ class Call:
         end = None if timeout is None else time.monotonic() + timeout
         wait = self._complete_until if self._caller_completes else self._wait_until
         if wait(future, end):
-            return future.result() if future.ready is None else future.ready
+            # Read once: the completer takes ``ready`` away when it has set the result.
+            ready = future.ready
+            return future.result() if ready is None else ready
         raise BatchTimeoutError(
             f"A batch of {self._tally.function} had no result after timeout={timeout} seconds of waiting for it. "
             "Give Parallel a larger timeout, or smaller tasks."
@@ -339,17 +341,20 @@ class Call:
 
     def _may_feed(self) -> bool:
         with self._lock:
-            return bool(self._waiting) and self._has_room_for(self._waiting[0])
+            return self._has_one_to_start()
 
     def _next_to_start(self) -> _Batch | None:
         with self._lock:
-            if not self._waiting or not self._has_room_for(self._waiting[0]):
+            if not self._has_one_to_start():
                 return None
             self._n_in_flight += 1
             return self._waiting.popleft()
 
-    def _has_room_for(self, batch: _Batch) -> bool:
-        return self._n_in_flight < self._n_jobs + batch.tier.look_ahead
+    def _has_one_to_start(self) -> bool:
+        # A batch that joblib's callback submits while the call fails or ends must not reach a tier that is closed.
+        if not self._waiting or self._failure is not None or self._ended:
+            return False
+        return self._n_in_flight < self._n_jobs + self._waiting[0].tier.look_ahead
 
     def _start(self, batch: _Batch) -> None:
         try:
@@ -358,15 +363,19 @@ class Call:
             tier_future = Future()
             tier_future.set_exception(error)
         # It takes the future as its argument: a future in its own callback would be a cycle, which keeps the pool.
-        tier_future.add_done_callback(functools.partial(self._tier_is_done, batch.future, batch.tier))
+        tier_future.add_done_callback(functools.partial(self._tier_is_done, batch))
 
-    def _tier_is_done(self, future: BatchFuture, tier: Tier, tier_future: Future[Any]) -> None:
-        """Feed the tier and leave the rest to the completer. Called in whichever thread ended the tier's future."""
+    def _tier_is_done(self, batch: _Batch, tier_future: Future[Any]) -> None:
+        """Feed the tier and leave the rest to the completer. Called in whichever thread ended the tier's future.
+
+        Until then this callback holds the batch, and with it the files of its residents: the worker opens them when
+        it comes to a task, and their owners may be gone by then.
+        """
         with self._lock:
             self._n_in_flight -= 1
         if not tier_future.cancelled() and tier_future.exception() is None:
             self._feed()
-        self._enqueue(future, functools.partial(tier.outcome, tier_future))
+        self._enqueue(batch.future, functools.partial(batch.tier.outcome, tier_future))
 
     def _enqueue(self, future: BatchFuture, get_outcome: GetOutcome) -> None:
         if not self._has_completer:

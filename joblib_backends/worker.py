@@ -18,7 +18,7 @@ from typing import Any, Final
 import cloudpickle
 from joblib import parallel_config
 
-from .budget import keep_limits, keep_thread_limits, process_wide_limit
+from .budget import keep_limits, keep_thread_limits, limited
 from .data.codec import Wire, describe, load
 from .errors import RemoteTraceback, ResultPicklingError, TaskLoadError
 
@@ -60,7 +60,7 @@ def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
     try:
         if owns_process:
             keep_limits(wire[3])
-        with process_wide_limit.applied({} if owns_process else wire[3]):
+        with limited({} if owns_process else wire[3]):
             results = _run_tasks(wire)
         packed = _pack_results(results)
     except BaseException as error:

@@ -31,7 +31,7 @@ def dask_client():
     """Return a client of a cluster of two worker processes with one thread each."""
     distributed = pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
     with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         yield client

@@ -50,8 +50,8 @@ def as_memmap_reference(array: Array) -> Any:
     Changes made through mode "c" are not in the file, so such an array travels by content.
     """
     backing = _backing_memmap(array)
-    if backing is None or backing.mode == "c" or not _is_file(backing.filename):
-        # A memmap without a file of its own (a copy, an anonymous mapping) is an ordinary array.
+    if backing is None or backing.mode == "c" or not array.size or not _is_file(backing.filename):
+        # A memmap without a file of its own (a copy, an anonymous mapping), or of nothing, is an ordinary array.
         return (_same, (np.asarray(array),)) if type(array) is np.memmap else None
     low, high = _byte_bounds(array)
     mode = "r" if backing.mode == "r" else "r+"

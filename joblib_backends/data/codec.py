@@ -19,18 +19,22 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from itertools import chain
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Final
 
 import cloudpickle
 import numpy as np
 
 from ..config import Config
-from ..errors import TaskPicklingError
+from ..errors import StoreError, TaskPicklingError
 from .arrays import address_of, as_memmap_reference, owns_all, reduce_array, root_owner
 from .scope import ResidentScope
 from .store import BufferRef, Resident, digest_of, map_buffer
@@ -54,12 +58,22 @@ Wire = tuple[list[Pickle], list[Pickle], bytes, dict[str, int], bytes]
 #: Values that tasks may share, since nobody can change them: such tasks travel in one pickle.
 _IMMUTABLE: Final = frozenset({int, float, complex, bool, str, bytes, type(None), FunctionType, BuiltinFunctionType})
 
+#: The part of them that needs no second look; a function may have captured what can change.
+_ATOMS: Final = frozenset({int, float, complex, bool, type(None)})
+
+#: Values inside a container that nobody tells from an equal copy; NumPy's void is the one scalar that can change.
+_LEAVES: Final = (
+    _IMMUTABLE | {date, datetime, time, timedelta, Decimal} | (frozenset(np.sctypeDict.values()) - {np.void, np.object_})
+)
+
 #: Builtin containers that, as a direct argument, are pickled on their own and placed when they are large.
 _CONTAINERS: Final = frozenset({list, tuple, dict, set, frozenset, str, bytes, bytearray})
 
 #: Items (or characters) from which such a container is worth a look: below it, a pickle has under 1 MiB anyway.
 _LARGE_CONTAINER: Final = 1_000
 
+#: Buffers inside such a container that stay in its pickle, where one hash finds all of them together.
+_INNER_BELOW: Final = 4_096
 
 #: Bytes from which a buffer of a scattered object is placed; smaller ones travel as fast in the pickle.
 _SCATTERED_FROM: Final = 1_024
@@ -98,7 +112,8 @@ class Encoder:
         self._scope = scope
         self._references = references or {}
         self._shared = config.mmap_mode in ("r+", "w+")
-        self._shared_residents: dict[bytes, Resident] = {}
+        self._shared_residents: dict[tuple[int, int], tuple[weakref.ref[Any], Resident]] = {}
+        self._scattered = {id(value) for value in config.scatter}
         self._initializer = _pickle_initializer(config)
         self._nested: tuple[Any, bytes] | None = None
 
@@ -113,7 +128,9 @@ class Encoder:
         pickling = _Pickling(self, min_nbytes=_SCATTERED_FROM)
         for position, value in enumerate(values):
             try:
-                pickling.dump((_placed_if_large(value, _SCATTERED_FROM),))
+                pickling.dump((_Standalone(value) if _is_large(value, _SCATTERED_FROM) else value,))
+            except StoreError:
+                raise
             except Exception as error:
                 raise TaskPicklingError(
                     f"scatter[{position}] is a {type(value).__name__} that cannot be pickled: {error}. "
@@ -123,11 +140,21 @@ class Encoder:
             self._scope.pin(resident)
         return pickling.nbytes_placed
 
-    def outgoing(self, value: Any, threshold: int | None) -> Any:
-        """Return what to pickle in the place of an argument."""
-        if id(value) in self._references:
-            return self._references[id(value)]
-        return value if threshold is None else _placed_if_large(value, threshold)
+    def replacements(self, function: Any, values: Sequence[Any], threshold: int | None) -> dict[int, Any]:
+        """Return what to pickle in the place of arguments of one task, by their ``id``.
+
+        A container gets a pickle of its own only where the task cannot notice: an object that is in it and also
+        elsewhere in the task would be two. What was scattered is data by the user's own word.
+        """
+        replaced: dict[int, Any] = {}
+        for value in values:
+            if id(value) in self._references:
+                replaced[id(value)] = self._references[id(value)]
+            elif threshold is not None and _is_large(value, threshold):
+                others = (other for other in (function, *values) if other is not value)
+                if id(value) in self._scattered or _has_only_leaves(value) or all(map(_has_only_leaves, others)):
+                    replaced[id(value)] = _Standalone(value)
+        return replaced
 
     def encode(
         self, function: Callable[[], Any], nested: tuple[Any, int | None], limits: dict[str, int]
@@ -147,12 +174,16 @@ class Encoder:
         ------
         TaskPicklingError
             If a function or argument cannot be pickled; the message names it.
+        StoreError
+            If no place has room for a buffer.
         """
         items: Sequence[Task] = getattr(function, "items", None) or [(function, (), {})]
         max_nbytes = self._config.max_nbytes if self._config.mmap_mode is not None else None
         pickling = _Pickling(self, min_nbytes=max_nbytes)
         try:
             tasks = pickling.dump_tasks(items)
+        except StoreError:
+            raise
         except Exception as error:
             raise _named_error(items, error) from error
         wire = (pickling.functions, tasks, self._pickle_nested(nested), limits, self._initializer)
@@ -169,11 +200,11 @@ class Encoder:
 
         Looks by content first, then as a part of memory that was placed whole, then places it.
         """
-        if not any_size and not self._scope.store.has_seen_size(buffer.nbytes):
+        if self._shared and isinstance(owner, np.ndarray):
+            return self._place_shared(buffer, root_owner(owner), any_size=any_size)
+        if not any_size and not self._may_be_resident(buffer):
             return None
         digest = digest_of(buffer)
-        if self._shared:
-            return self._place_shared(buffer, digest)
         address = address_of(buffer)
         store = self._scope.store
         resident, placed = store.find(digest, buffer.nbytes), False
@@ -189,20 +220,32 @@ class Encoder:
         return resident, 0, placed
 
     def is_resident(self, low: int, high: int) -> bool:
-        """Return whether the memory between two addresses was placed as a whole."""
-        return self._scope.store.covers(low, high)
+        """Return whether the memory between two addresses was placed as a whole, or must be to be shared."""
+        return self._shared or self._scope.store.covers(low, high)
 
-    @property
-    def shares_writes(self) -> bool:
-        """Whether workers map buffers writable and in common (``mmap_mode="r+"``)."""
-        return self._shared
+    def _may_be_resident(self, buffer: memoryview) -> bool:
+        """Return whether it is worth a hash to look for a small buffer: by its size, or as a part of placed memory."""
+        if self._scope.store.has_seen_size(buffer.nbytes):
+            return True
+        address = address_of(buffer) if buffer.nbytes >= _SCATTERED_FROM else 0
+        return bool(address) and self._scope.store.covers(address, address + buffer.nbytes)
 
-    def _place_shared(self, buffer: memoryview, digest: bytes) -> tuple[Resident, int, bool]:
-        placed = digest not in self._shared_residents
-        if placed:
-            folder = self._config.temp_folder
-            self._shared_residents[digest] = self._scope.store.put(buffer, digest, folder=folder, private=True)
-        return self._shared_residents[digest], 0, placed
+    def _place_shared(self, buffer: memoryview, root: Any, *, any_size: bool) -> tuple[Resident, int, bool] | None:
+        """Place memory that tasks may write to in common: found by its address, while the array there lives.
+
+        Not by content: sums and counts that both start as zeros are two arrays.
+        """
+        key = (address_of(buffer), buffer.nbytes)
+        owner, resident = self._shared_residents.get(key, (None, None))
+        if resident is None and not any_size:
+            return None
+        digest = digest_of(buffer)
+        if resident is not None and owner is not None and owner() is root and resident.digest == digest:
+            return resident, 0, False
+        resident = self._scope.store.put(buffer, digest, folder=self._config.temp_folder, shared=True)
+        living = {k: (owner, r) for k, (owner, r) in self._shared_residents.items() if owner() is not None}
+        self._shared_residents = {**living, key: (weakref.ref(root), resident)}
+        return resident, 0, True
 
     def _pickle_nested(self, nested: tuple[Any, int | None]) -> bytes:
         # One pickle per change of the nested backend, not per batch: it is the same object for a whole call.
@@ -295,15 +338,18 @@ class _Pickling:
         return stream.getvalue(), self._refs
 
     def dump_tasks(self, tasks: Sequence[Task]) -> list[Pickle]:
-        """Return one pickle for all tasks if nothing in them can change, else one for each."""
-        if all(map(_is_immutable, tasks)):
+        """Return one pickle for all tasks if they are small and nothing in them can change, else one for each."""
+        if all(map(_is_small_and_immutable, tasks)):
             return [self.dump(tasks)]
         return [self._dump_task(*task) for task in tasks]
 
     def _dump_task(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pickle:
-        args = tuple(self._encoder.outgoing(value, self._min_nbytes) for value in args)
-        kwargs = {name: self._encoder.outgoing(value, self._min_nbytes) for name, value in kwargs.items()}
-        callee = self._position_of(function) if type(function) is FunctionType else function
+        replaced = self._encoder.replacements(function, (*args, *kwargs.values()), self._min_nbytes)
+        if replaced:
+            args = tuple(replaced.get(id(value), value) for value in args)
+            kwargs = {name: replaced.get(id(value), value) for name, value in kwargs.items()}
+        is_shareable = type(function) is FunctionType and _cannot_change(function)
+        callee = self._position_of(function) if is_shareable else function
         return self.dump([(callee, args, kwargs)])
 
     def _position_of(self, function: Any) -> int:
@@ -326,7 +372,7 @@ class _Pickling:
         else:
             self.nbytes_saved += raw.nbytes
         self.residents.append(resident)
-        self._refs.append(resident.ref(offset, raw.nbytes, shared=self._encoder.shares_writes))
+        self._refs.append(resident.ref(offset, raw.nbytes))
         return False
 
 
@@ -356,7 +402,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return None
         if not obj.dtype.hasobject:
             return reduce_array(obj, self._is_resident)
-        if obj.size < _LARGE_CONTAINER:
+        if obj.size < _LARGE_CONTAINER or not _has_only_leaves(obj.ravel().tolist()):
             return None
         # An array of objects, by its own reduction: the array itself would only come back here.
         return _rebuild_standalone, self._standalone(obj.__reduce__())
@@ -364,8 +410,15 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _standalone(self, value: Any) -> tuple[pickle.PickleBuffer, ...]:
         """Return ``value`` as a pickle that is itself a buffer, so that it can be placed and found by content."""
         buffers: list[pickle.PickleBuffer] = []
+
+        def take(buffer: pickle.PickleBuffer) -> bool:
+            is_inner = buffer.raw().nbytes < _INNER_BELOW
+            if not is_inner:
+                buffers.append(buffer)
+            return is_inner
+
         stream = io.BytesIO()
-        _Pickler(stream, buffers.append, self._is_resident).dump(value)
+        _Pickler(stream, take, self._is_resident).dump(value)
         return (pickle.PickleBuffer(stream.getvalue()), *buffers)
 
 
@@ -378,10 +431,25 @@ class _Standalone:
         self.value = value
 
 
-def _placed_if_large(value: Any, threshold: int) -> Any:
-    if type(value) in _CONTAINERS and len(value) >= min(_LARGE_CONTAINER, threshold):
-        return _Standalone(value)
-    return value
+def _is_large(value: Any, threshold: int) -> bool:
+    return type(value) in _CONTAINERS and len(value) >= min(_LARGE_CONTAINER, threshold)
+
+
+def _has_only_leaves(value: Any) -> bool:
+    """Return whether nothing inside ``value`` can be told from an equal copy; one level of tuples is looked into."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return kind not in _IMMUTABLE or _cannot_change(value)
+    if kind is bytearray:
+        return True
+    if kind not in _CONTAINERS:
+        return False
+    items = chain(value, value.values()) if kind is dict else value
+    return all(type(item) in _LEAVES or (type(item) is tuple and _all_leaves(item)) for item in items)
+
+
+def _all_leaves(items: tuple[Any, ...]) -> bool:
+    return all(type(item) in _LEAVES for item in items)
 
 
 def _load_standalone(stream: Any, *buffers: Any) -> Any:
@@ -395,13 +463,26 @@ def _rebuild_standalone(stream: Any, *buffers: Any) -> Any:
     return array
 
 
-def _is_immutable(task: Task) -> bool:
+def _is_small_and_immutable(task: Task) -> bool:
     function, args, kwargs = task
     return (
-        type(function) in _IMMUTABLE
-        and all(type(value) in _IMMUTABLE for value in args)
-        and all(type(value) in _IMMUTABLE for value in kwargs.values())
+        _cannot_change(function)
+        and all(_cannot_change(value) and not _is_large(value, _LARGE_CONTAINER) for value in args)
+        and all(_cannot_change(value) and not _is_large(value, _LARGE_CONTAINER) for value in kwargs.values())
     )
+
+
+def _cannot_change(value: Any) -> bool:
+    kind = type(value)
+    if kind in _ATOMS:
+        return True
+    if kind is FunctionType:
+        # What a closure captured can change, and then the next task must get it as it was sent.
+        return value.__closure__ is None
+    if kind is BuiltinFunctionType:
+        # abs belongs to its module, but stack.pop to a list.
+        return isinstance(value.__self__, ModuleType | type)
+    return kind in _IMMUTABLE
 
 
 def _pickle_initializer(config: Config) -> bytes:

@@ -63,21 +63,22 @@ class BufferRef(NamedTuple):
 class Resident:
     """Bytes in a file of the store; the file goes when the object does."""
 
-    __slots__ = ("__weakref__", "_slices", "digest", "nbytes", "path")
+    __slots__ = ("__weakref__", "_slices", "digest", "nbytes", "path", "shared")
 
-    def __init__(self, path: str, nbytes: int, digest: bytes) -> None:
+    def __init__(self, path: str, nbytes: int, digest: bytes, *, shared: bool = False) -> None:
         self.path = path
         self.nbytes = nbytes
         self.digest = digest
+        self.shared = shared
         self._slices: dict[tuple[int, int], bytes] = {}
         weakref.finalize(self, _remove_file, path, os.getpid()).atexit = False
 
     def __repr__(self) -> str:
         return f"<Resident {self.digest.hex()[:8]} {self.nbytes} B in {self.path}>"
 
-    def ref(self, offset: int = 0, nbytes: int | None = None, *, shared: bool = False) -> BufferRef:
+    def ref(self, offset: int = 0, nbytes: int | None = None) -> BufferRef:
         """Return how a worker finds this resident, or ``nbytes`` of it from ``offset``."""
-        return BufferRef(self.path, offset, self.nbytes - offset if nbytes is None else nbytes, shared)
+        return BufferRef(self.path, offset, self.nbytes - offset if nbytes is None else nbytes, self.shared)
 
     def slice_digest(self, offset: int, nbytes: int) -> bytes:
         """Return the hash of a part of the content; remembered, since the content never changes."""
@@ -177,21 +178,21 @@ class Store:
         return any(r.address <= low and high <= r.address + r.nbytes for r in list(self._regions.values()))
 
     def put(
-        self, buffer: memoryview, digest: bytes, *, folder: str | None = None, private: bool = False
+        self, buffer: memoryview, digest: bytes, *, folder: str | None = None, shared: bool = False
     ) -> Resident:
         """Write ``buffer`` to a file of its own and return its resident.
 
         Shared memory comes first, then the system's folder for temporary files; ``folder`` replaces both.
         Space is reserved before anything is written: a full ``/dev/shm`` is an error here, and not a SIGBUS in
-        a worker later. A ``private`` resident is not found by its content, because tasks will change it.
+        a worker later. A ``shared`` resident is not found by its content, because tasks will change it.
 
         Raises
         ------
         StoreError
             If no place has room.
         """
-        resident = Resident(self._write(buffer, folder), buffer.nbytes, digest)
-        if not private:
+        resident = Resident(self._write(buffer, folder), buffer.nbytes, digest, shared=shared)
+        if not shared:
             self._residents[digest] = resident
             self._sizes_seen.add(buffer.nbytes)
         return resident
@@ -230,8 +231,7 @@ class Store:
         )
 
     def _write_in(self, place: str, buffer: memoryview) -> str:
-        path = str(self._next_path(place))
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        path, fd = self._open_new(place)
         try:
             _reserve(fd, buffer.nbytes)
             _write_all(fd, buffer)
@@ -241,6 +241,23 @@ class Store:
         finally:
             os.close(fd)
         return path
+
+    def _open_new(self, place: str) -> tuple[str, int]:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        path = self._next_path(place)
+        try:
+            return str(path), os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            # The folder was removed behind our back, by a cleaner of /tmp or by who made temp_folder: take a new one.
+            self._drop_folder(place, path.parent)
+            path = self._next_path(place)
+            return str(path), os.open(path, flags, 0o600)
+
+    def _drop_folder(self, place: str, path: Path) -> None:
+        with self._lock:
+            # Race: another thread may have replaced it already.
+            if place in self._folders and self._folders[place].path == path:
+                self._folders.pop(place).remove()
 
     def _next_path(self, place: str) -> Path:
         with self._lock:
@@ -260,6 +277,7 @@ class _Folder:
     @classmethod
     def make(cls, place: str) -> _Folder:
         """Sweep ``place``, then make a folder (0700) in it and lock it."""
+        os.makedirs(place, exist_ok=True)
         _sweep(place)
         while True:
             path = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{_USER}-", dir=place))
@@ -309,7 +327,6 @@ def _places(folder: str | None) -> list[str]:
     """Return the folders to try, best first; an explicit ``temp_folder`` is the user's decision and the only one."""
     chosen = folder or temp_folder_from_environment()
     if chosen is not None:
-        os.makedirs(chosen, exist_ok=True)
         return [chosen]
     shared = [str(_SHARED_MEMORY)] if os.access(_SHARED_MEMORY, os.W_OK | os.X_OK) else []
     return [*shared, tempfile.gettempdir()]

@@ -273,11 +273,12 @@ class _Exchange:
             tickets = [item for item in waiting if isinstance(item, _Ticket) and not item.done()]
             if tickets:
                 self._send(tickets)
-            for item in waiting:
-                if isinstance(item, _Cancel):
-                    self._cancel(item.tickets)
+            for cancel in [item for item in waiting if isinstance(item, _Cancel)]:
+                self._cancel(cancel.tickets)
+                del cancel
             if None in waiting:
                 break
+            # A thread that waits must hold no ticket: with it would stay the batch, its files and its context.
             del first, waiting, tickets
         self._done.put(None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from concurrent.futures import Future
 
+from ..budget import limited
 from ..config import Config
 from ..worker import Outcome, run_here
 from .base import Tier, Work
@@ -28,6 +29,12 @@ class InlineTier(Tier):
         """Return 1: a thread does one thing at a time."""
         return 1
 
+    @classmethod
+    def task_limits(cls, config: Config, n_jobs: int) -> dict[str, int]:
+        """Return only what was asked for: a plain loop has all cores for each task."""
+        n_threads = config.inner_max_num_threads
+        return {} if n_threads is None else {"openmp": n_threads, "blas": n_threads}
+
     def __init__(self, config: Config, n_jobs: int) -> None:
         self._initializer = functools.partial(config.initializer, *config.initargs) if config.initializer else None
 
@@ -35,8 +42,8 @@ class InlineTier(Tier):
         """Run a batch now and return its finished future."""
         initializer, self._initializer = self._initializer, None
         future: Future[Outcome] = Future()
-        # No limits: a plain loop has all cores for each task.
-        future.set_result(run_here(work.function, {}, initializer))
+        with limited(work.limits):
+            future.set_result(run_here(work.function, {}, initializer))
         return future
 
     def outcome(self, future: Future[Outcome]) -> Outcome:

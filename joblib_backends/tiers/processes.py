@@ -15,8 +15,10 @@ submit; it fails the batches that were on it, nothing else.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
@@ -99,12 +101,11 @@ class ProcessesTier(Tier):
 
     def abort(self) -> None:
         """Cancel what waits; kill the workers if they run our batches and nobody else's."""
-        running = [future for future in list(self._futures) if not future.cancel()]
-        self._pool.leave(self, kill=any(not future.done() for future in running))
+        self._pool.leave(self, unwanted=[future for future in list(self._futures) if not future.cancel()])
 
     def close(self) -> None:
         """Leave the pool to the next call."""
-        self._pool.leave(self, kill=False)
+        self._pool.leave(self)
 
 
 class _Pool:
@@ -115,6 +116,7 @@ class _Pool:
 
     _pools: ClassVar[weakref.WeakValueDictionary[bytes, _Pool]] = weakref.WeakValueDictionary()
     _pools_lock: ClassVar[threading.Lock] = threading.Lock()
+    _inherited: ClassVar[list[Any]] = []
 
     @classmethod
     def get(cls, config: Config) -> _Pool:
@@ -130,6 +132,8 @@ class _Pool:
         self._idle_timeout_s = idle_timeout_s
         self._lock = threading.RLock()
         self._calls: dict[int, int] = {}
+        # What aborted calls left running: a task without end must not keep the workers for ever.
+        self._unwanted: list[Future[Any]] = []
         self._executor: _Executor | None = None
         self._stop_at_end: weakref.finalize[Any, _Pool] | None = None
 
@@ -149,10 +153,13 @@ class _Pool:
             if self._executor is not None:
                 self._executor.resize(max(self._calls.values()))
 
-    def leave(self, tier: ProcessesTier, *, kill: bool) -> None:
-        """Note that a call is over; with ``kill``, stop what it runs unless others would lose their batches."""
+    def leave(self, tier: ProcessesTier, *, unwanted: Iterable[Future[Any]] = ()) -> None:
+        """Note that a call is over; stop what it still runs as soon as no other call would lose its batches."""
         with self._lock:
-            if self._calls.pop(id(tier), None) is None or not kill or self._calls:
+            if self._calls.pop(id(tier), None) is None:
+                return
+            self._unwanted = [future for future in (*self._unwanted, *unwanted) if not future.done()]
+            if not self._unwanted or self._calls:
                 return
             executor = self._forget()
         if executor is not None:
@@ -179,6 +186,16 @@ class _Pool:
                 self._stop_at_end = weakref.finalize(self, self._executor.stop, kill_workers=False)
                 self._stop_at_end.atexit = False  # loky ends its workers at exit itself
             return self._executor
+
+    @classmethod
+    def forget_in_child(cls) -> None:
+        """Leave the parent's workers alone: a forked child has its executors, but not the threads that feed them."""
+        for pool in cls._pools.values():
+            if pool._stop_at_end is not None:
+                pool._stop_at_end.detach()
+            # Kept for ever: an executor that is collected takes locks, which the parent may have held.
+            cls._inherited.append(pool._executor)
+        cls._pools, cls._pools_lock = weakref.WeakValueDictionary(), threading.Lock()
 
     def _give_up(self, executor: _Executor) -> None:
         with self._lock:
@@ -253,3 +270,7 @@ class _Executor(ProcessPoolExecutor):  # type: ignore[misc]
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Pool.forget_in_child)

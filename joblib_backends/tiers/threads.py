@@ -40,6 +40,7 @@ class ThreadsTier(Tier):
         self._n_threads = 0
         self._n_unfinished = 0
         self._aborted = False
+        self._closed = False
         self._crew = Crew.shared()
         self._limit = contextlib.ExitStack()
 
@@ -60,6 +61,10 @@ class ThreadsTier(Tier):
         """Queue a batch, and start a thread if all are busy and another is allowed."""
         future: Future[Outcome] = Future()
         with self._lock:
+            if self._closed:
+                # Race: the call ended while this batch was on its way. No thread would ever be told to end.
+                future.cancel()
+                return future
             if self._n_threads == 0:
                 self._limit.enter_context(process_wide_limit.applied(work.limits))
             self._n_unfinished += 1
@@ -82,6 +87,7 @@ class ThreadsTier(Tier):
     def close(self) -> None:
         """Let the threads end, after the batch that each may still be running."""
         with self._lock:
+            self._closed = True
             for _ in range(self._n_threads):
                 self._queue.put(None)
             self._n_threads = 0
