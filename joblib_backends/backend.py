@@ -157,7 +157,8 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
         given = {"tier": tier, "scatter": scatter, "client": client, "scheduler": scheduler, **options}
         given["inner_max_num_threads"] = inner_max_num_threads
-        self.config = _with_known_tier(Config.from_options(_in_bytes(given)), "tier" if tier else "JOBLIB_BACKEND_TIER")
+        source = "JOBLIB_BACKEND_TIER" if tier is None else "tier"
+        self.config = _with_known_tier(Config.from_options(_in_bytes(given)), source)
         self._given = frozenset(name for name, value in given.items() if value is not None)
         # joblib gives a level when it makes a backend for one Parallel object, or as the default. Such a one lives
         # too briefly to keep anything, and shares what the process keeps.
@@ -444,9 +445,15 @@ def _with_known_tier(config: Config, source: str) -> Config:
 
 def _in_bytes(options: dict[str, Any]) -> dict[str, Any]:
     """Return ``options`` with a ``max_nbytes`` like "10M" as a number, as joblib does."""
-    if isinstance(options.get("max_nbytes"), str):
-        return {**options, "max_nbytes": memstr_to_bytes(options["max_nbytes"])}
-    return options
+    size = options.get("max_nbytes")
+    if not isinstance(size, str):
+        return options
+    try:
+        return {**options, "max_nbytes": memstr_to_bytes(size)}
+    except (ValueError, KeyError, IndexError) as error:
+        raise ConfigurationError(
+            f"max_nbytes is {size!r}, but must be None, a number of bytes of at least 0, or a size such as '10M'."
+        ) from error
 
 
 def _check_sharedmem(config: Config, require: str | None, options: dict[str, Any]) -> None:

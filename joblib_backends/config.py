@@ -68,7 +68,8 @@ class Config:
     cores: int | None = None
 
     def __post_init__(self) -> None:
-        for check in (_check_tier, _check_scatter, _check_numbers, _check_initializer, _check_mmap_mode):
+        checks = (_check_tier, _check_scatter, _check_cluster, _check_numbers, _check_initializer, _check_placing)
+        for check in checks:
             check(self)
 
     @classmethod
@@ -224,22 +225,47 @@ def _check_scatter(config: Config) -> None:
         )
 
 
+def _check_cluster(config: Config) -> None:
+    if config.client is not None and not hasattr(config.client, "submit"):
+        raise ConfigurationError(
+            f"client is {config.client!r}, but must be a distributed.Client: for an address, give it as scheduler."
+        )
+    if config.scheduler is not None and not isinstance(config.scheduler, str):
+        raise ConfigurationError(
+            f"scheduler is {config.scheduler!r}, but must be an address such as 'tcp://host:8786': for a cluster "
+            "object, give client=Client(cluster)."
+        )
+
+
 def _check_numbers(config: Config) -> None:
     threads = config.inner_max_num_threads
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise ConfigurationError(f"inner_max_num_threads is {threads!r}, but must be a whole number of at least 1.")
     for name in ("wait_for_workers", "idle_worker_timeout"):
         seconds = getattr(config, name)
-        if not isinstance(seconds, int | float) or not seconds > 0:
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds > 0:
             raise ConfigurationError(f"{name} is {seconds!r}, but must be a number of seconds greater than 0.")
 
 
 def _check_initializer(config: Config) -> None:
     if config.initializer is not None and not callable(config.initializer):
         raise ConfigurationError(f"initializer is {config.initializer!r}, but must be a callable or None.")
+    if not isinstance(config.initargs, tuple | list):
+        raise ConfigurationError(
+            f"initargs is {config.initargs!r}, but must be a tuple of the initializer's arguments: for a single one, "
+            f"write initargs=({config.initargs!r},)."
+        )
 
 
-def _check_mmap_mode(config: Config) -> None:
+def _check_placing(config: Config) -> None:
+    nbytes, folder = config.max_nbytes, config.temp_folder
+    is_number = isinstance(nbytes, int | float) and not isinstance(nbytes, bool)
+    if nbytes is not None and not (is_number and nbytes >= 0):
+        raise ConfigurationError(
+            f"max_nbytes is {nbytes!r}, but must be None, a number of bytes of at least 0, or a size such as '10M'."
+        )
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise ConfigurationError(f"temp_folder is {folder!r}, but must be None or the path of a folder.")
     allowed = ("r", "c", "r+", "w+")
     if config.mmap_mode is not None and config.mmap_mode not in allowed:
         raise ConfigurationError(f"mmap_mode is {config.mmap_mode!r}, but must be None or one of {allowed}.")

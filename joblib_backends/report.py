@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
-__all__ = ["CallReport", "announce", "last_report", "record"]
+__all__ = ["CallReport", "Tally", "announce", "last_report", "record"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,40 @@ class CallReport:
             f"  tier   {self.tier}, n_jobs={self.n_jobs}\n"
             f"  reason {self.reason}\n"
             f"  bytes  {moved} moved, {saved} not moved again, {readable_nbytes(self.nbytes_pickled)} pickled"
+        )
+
+
+@dataclass
+class Tally:
+    """What a call has done so far; its owner guards it."""
+
+    n_jobs: int
+    function: str = ""
+    #: The reason for each tier that was used, in the order of use.
+    reasons: dict[str, str] = field(default_factory=dict)
+    tasks: int = 0
+    batches: int = 0
+    busy_seconds: float = 0.0
+    nbytes_moved: int = 0
+    nbytes_pickled: int = 0
+    nbytes_saved: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def report(self, *, failed: bool) -> CallReport:
+        """Return the report of the call, which ends now."""
+        return CallReport(
+            function=self.function,
+            tier=" + ".join(self.reasons) or "none",
+            reason="; ".join(self.reasons.values()) or "there were no tasks",
+            n_jobs=self.n_jobs,
+            tasks=self.tasks,
+            batches=self.batches,
+            seconds=time.perf_counter() - self.started,
+            busy_seconds=self.busy_seconds,
+            nbytes_moved=self.nbytes_moved,
+            nbytes_pickled=self.nbytes_pickled,
+            nbytes_saved=self.nbytes_saved,
+            failed=failed,
         )
 
 

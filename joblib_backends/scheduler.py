@@ -33,7 +33,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from .config import Config
@@ -42,7 +42,7 @@ from .data.codec import Encoder, Payload
 from .data.scope import ResidentScope
 from .errors import BatchTimeoutError
 from .planner import Plan
-from .report import CallReport
+from .report import CallReport, Tally
 from .tiers import Tier, Work, load_tier
 from .worker import Outcome, task_names
 
@@ -69,20 +69,6 @@ class BatchFuture(Future[list[Any]]):
         self.for_caller: _Batch | None = None
         # The results, while joblib's callback of the batch still runs.
         self.ready: list[Any] | None = None
-
-
-@dataclass
-class _Tally:
-    """What a call did so far; changed under the call's lock."""
-
-    function: str = ""
-    plans: dict[str, Plan] = field(default_factory=dict)
-    tasks: int = 0
-    batches: int = 0
-    busy_seconds: float = 0.0
-    nbytes_moved: int = 0
-    nbytes_pickled: int = 0
-    nbytes_saved: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,8 +133,7 @@ class Call:
         self._warm["crew"] = self._crew
         self._has_completer = self._caller_completes
         self._progress = threading.Event()
-        self._tally = _Tally()
-        self._started = time.perf_counter()
+        self._tally = Tally(n_jobs)
         self._ended = False
 
     def __repr__(self) -> str:
@@ -184,7 +169,7 @@ class Call:
         name = task_names(function)
         with self._lock:
             self._tally.function = self._tally.function or name
-            self._tally.plans.setdefault(plan.tier, plan)
+            self._tally.reasons.setdefault(plan.tier, plan.reason)
         return _Batch(future, tier, Work(function, name, limits, payload))
 
     def _open_tier(self, plan: Plan) -> Tier:
@@ -301,28 +286,11 @@ class Call:
             for tier in self._open_tiers():
                 tier.close()
             self._scope.end_call()
-        return self._report()
+        return self._tally.report(failed=self._failure is not None)
 
     def _open_tiers(self) -> list[Tier]:
         with self._lock:
             return list(self._tiers.values())
-
-    def _report(self) -> CallReport:
-        tally = self._tally
-        return CallReport(
-            function=tally.function,
-            tier=" + ".join(tally.plans) or "none",
-            reason="; ".join(plan.reason for plan in tally.plans.values()) or "there were no tasks",
-            n_jobs=self._n_jobs,
-            tasks=tally.tasks,
-            batches=tally.batches,
-            seconds=time.perf_counter() - self._started,
-            busy_seconds=tally.busy_seconds,
-            nbytes_moved=tally.nbytes_moved,
-            nbytes_pickled=tally.nbytes_pickled,
-            nbytes_saved=tally.nbytes_saved,
-            failed=self._failure is not None,
-        )
 
     # ---- called in any thread, a tier's own included
 

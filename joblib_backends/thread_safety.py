@@ -108,7 +108,8 @@ def _trusts_alone(value: Any) -> bool:
     if isinstance(value, FunctionType | BuiltinFunctionType | type | ModuleType):
         return _root(value) in _TRUSTED_CODE | _TRUSTED_DATA
     kind = type(value)
-    if kind.__name__ in _RANDOM_GENERATORS and _root(kind) == "numpy":
+    # Also by their bases: what users hold is a PCG64, not a BitGenerator.
+    if any(base.__name__ in _RANDOM_GENERATORS and _root(base) == "numpy" for base in kind.__mro__):
         return False
     if _root(kind) in _TRUSTED_CODE:
         return not _draws_from_process_generator(value)

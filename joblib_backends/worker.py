@@ -176,11 +176,18 @@ def _pack_error(error: BaseException) -> bytes:
     except Exception as problem:
         name = f"{type(error).__module__}.{type(error).__qualname__}"
         replacement = ResultPicklingError(
-            f"A task raised {name}: {error}. The exception itself cannot be pickled ({problem}): its class should "
-            "pass all arguments of __init__ on to super().__init__()."
+            f"A task raised {name}: {_text_of(error)}. The exception itself cannot be pickled ({problem}): its class "
+            "should pass all arguments of __init__ on to super().__init__()."
         )
         return bytes(cloudpickle.dumps((replacement, text), protocol=5))
     return packed
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # the user's own __str__; to fail here would lose the error that the user must see
+        return "<its text cannot be made>"
 
 
 def task_names(function: Any) -> str:

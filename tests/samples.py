@@ -160,7 +160,9 @@ SMALL = {"0-d", "empty", "empty, strided", "few objects", "no rows of a memmap"}
 
 #: Samples that travel as the name of their file.
 BY_FILE = {
-    name for name in SAMPLES if "memmap" in name and name not in ("memmap c", "array over a memmap c", "no rows of a memmap")
+    name
+    for name in SAMPLES
+    if "memmap" in name and name not in ("memmap c", "array over a memmap c", "no rows of a memmap")
 }
 
 #: Samples whose own pickle copies their bytes into the stream, where they cannot be placed.

@@ -123,7 +123,7 @@ def test_changes_through_a_shared_memmap_reach_its_file_and_those_through_mode_r
     shared = SAMPLES["memmap r+"](tmp_path)
     send(encoder, shared)[1][0, 0] = 42
     assert shared[0, 0] == 42
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(ValueError, match=r"read-only"):
         send(encoder, SAMPLES["memmap r"](tmp_path))[1][0, 0] = 42
 
 
@@ -341,7 +341,7 @@ def test_an_argument_that_cannot_be_pickled_is_named(encoder):
 
 
 def test_a_function_that_cannot_be_pickled_is_named(encoder):
-    with pytest.raises(TaskPicklingError, match="the function of give, a partial, cannot be pickled"):
+    with pytest.raises(TaskPicklingError, match=r"the function of give, a partial, cannot be pickled"):
         encode(encoder, (functools.partial(give, (i for i in [])),))
 
 

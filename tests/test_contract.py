@@ -26,11 +26,11 @@ import joblib
 import numpy as np
 import psutil
 import pytest
+from conftest import LONG, REAL_TIERS, eventually, make_hybrid, own_processes
 from joblib import Parallel, delayed, parallel_backend, parallel_config
 from threadpoolctl import threadpool_info
 
 import joblib_backends
-from conftest import LONG, REAL_TIERS, eventually, make_hybrid, own_processes
 from joblib_backends import HybridBackend, WorkerLostError, last_report
 
 #: Tiers that run several tasks at once.
@@ -271,7 +271,7 @@ def test_an_unordered_generator_yields_what_is_done_first(tier, hybrid, tmp_path
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_a_generator_dropped_half_way_leaves_nothing(hybrid, form, leaves_nothing):
     with hybrid():
-        results = Parallel(return_as=form, pre_dispatch=4, batch_size=1)(delayed(square)(i) for i in range(100))
+        results = Parallel(return_as=form, pre_dispatch=4, batch_size=1)(delayed(square)(i) for i in itertools.count())
         next(results)
         with pytest.warns(UserWarning, match="adjusting the input task iterator"):
             results.close()
@@ -905,7 +905,7 @@ def test_a_task_without_end_does_not_keep_workers_that_another_call_shares(tmp_p
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_a_generator_may_be_dropped_in_another_thread(hybrid, form, leaves_nothing):
     with hybrid():
-        held = [Parallel(return_as=form, batch_size=1)(delayed(square)(i) for i in range(50))]
+        held = [Parallel(return_as=form, batch_size=1)(delayed(square)(i) for i in itertools.count())]
         next(held[0])
         thread = threading.Thread(target=held.clear)
         thread.start()
@@ -922,8 +922,8 @@ def test_a_backend_refuses_batches_outside_of_a_call():
 
 def test_the_effective_jobs_are_known_without_a_call(hybrid, tier):
     with hybrid(n_jobs=None):
-        all_slots = joblib.effective_n_jobs(-1)
-        assert all_slots == joblib.effective_n_jobs(None) == (1 if tier == "inline" else 2 if tier == "dask" else joblib.cpu_count())
+        slots = {"inline": 1, "dask": 2}.get(tier, joblib.cpu_count())
+        assert joblib.effective_n_jobs(-1) == joblib.effective_n_jobs(None) == slots
         assert joblib.effective_n_jobs(n_jobs=-10) == 1
         assert joblib.effective_n_jobs(5) == 5
 

@@ -1,4 +1,4 @@
-"""Bad input gets one sentence with the value, what is allowed and what to change; a user's own errors pass untouched."""
+"""Bad input gets one sentence: the value, what is allowed, what to change; a user's own errors pass untouched."""
 
 import concurrent.futures
 import functools
@@ -47,7 +47,13 @@ def copying(request):
     return make_hybrid(request.param, request)
 
 
-def run(code, **environment):
+@pytest.fixture(params=["processes", "dask"])
+def distant(request):
+    """A context on each tier with workers in other processes; tblib, if loaded, teaches this one to load any error."""
+    return make_hybrid(request.param, request)
+
+
+def run(code):
     """Run ``code`` in a fresh interpreter and return what it printed."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
@@ -60,7 +66,6 @@ def run(code, **environment):
 
 TREE = dict(re.findall(r"[├└]── (\w+)\s+\((\w+)\)", errors.__doc__))
 FIELD = {
-    **{name: getattr(__builtins__, name, None) or __builtins__[name] for name in ()},
     "ValueError": ValueError,
     "ImportError": ImportError,
     "TimeoutError": TimeoutError,
@@ -77,7 +82,7 @@ def test_the_docstring_draws_every_error():
 
 @pytest.mark.parametrize("name", TREE)
 def test_every_error_is_also_the_one_of_the_field(name):
-    assert issubclass(getattr(errors, name), (HybridError))
+    assert issubclass(getattr(errors, name), HybridError)
     assert issubclass(getattr(errors, name), FIELD[TREE[name]])
 
 
@@ -107,7 +112,7 @@ WRONG = {
     "initargs": [3, "ab"],
     "wait_for_workers": [0, -1, "10", float("nan"), True],
     "idle_worker_timeout": [0, -1, "10", float("nan")],
-    "max_nbytes": [-1, 1.5, "ten", "10X", True],
+    "max_nbytes": [-1, "ten", "10X", "", True],
     "temp_folder": [3, b"/tmp"],
     "mmap_mode": ["rw", 3, ""],
 }
@@ -128,13 +133,13 @@ def test_every_parameter_has_a_row_above():
 
 
 def test_an_unknown_tier_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigurationError, match="'gpu', but must be one of 'auto', 'dask', .*'processes', 'threads'"):
+    with pytest.raises(ConfigurationError, match=r"'gpu', but must be one of 'auto', 'dask', .*'processes', 'threads'"):
         parallel_backend("hybrid", tier="gpu")
 
 
 def test_an_unknown_tier_in_the_environment_names_the_variable(monkeypatch):
     monkeypatch.setenv("JOBLIB_BACKEND_TIER", "gpu")
-    with pytest.raises(ConfigurationError, match="JOBLIB_BACKEND_TIER.*'gpu'.*'processes'"):
+    with pytest.raises(ConfigurationError, match=r"JOBLIB_BACKEND_TIER.*'gpu'.*'processes'"):
         HybridBackend()
 
 
@@ -149,12 +154,12 @@ def test_an_unknown_tier_in_the_environment_names_the_variable(monkeypatch):
 )
 def test_a_wrong_variable_is_refused_by_name(variable, value, says, monkeypatch):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(ConfigurationError, match=f"{variable}.*{says}"):
+    with pytest.raises(ConfigurationError, match=rf"{variable}.*{says}"):
         HybridBackend()
 
 
 def test_an_unknown_parameter_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigurationError, match="'teir', but must be one of .*'tier'"):
+    with pytest.raises(ConfigurationError, match=r"'teir', but must be one of .*'tier'"):
         parallel_backend("hybrid", teir="threads")
 
 
@@ -169,14 +174,14 @@ def test_scatter_of_what_cannot_be_pickled_names_it(copying):
     assert re.match(r"scatter\[1\] is a lock that cannot be pickled: .*Leave it out of scatter", str(caught.value))
 
 
-@pytest.mark.parametrize("n_jobs", [0, "two", 1.5])
+@pytest.mark.parametrize("n_jobs", [0, "two", (2,)])
 def test_a_wrong_number_of_jobs_is_refused(n_jobs, hybrid):
-    with pytest.raises((ValueError, TypeError), match="n_jobs|int"), hybrid(n_jobs=n_jobs):
+    with pytest.raises((ValueError, TypeError), match=r"n_jobs|int"), hybrid(n_jobs=n_jobs):
         Parallel()(delayed(abs)(i) for i in range(4))
 
 
 def test_no_jobs_at_all_says_what_to_use_instead(hybrid):
-    with hybrid(n_jobs=0), pytest.raises(ConfigurationError, match="n_jobs == 0 .*use n_jobs=-1 for all cores"):
+    with hybrid(n_jobs=0), pytest.raises(ConfigurationError, match=r"n_jobs == 0 .*use n_jobs=-1 for all cores"):
         Parallel()(delayed(abs)(i) for i in range(4))
 
 
@@ -184,7 +189,7 @@ def test_no_jobs_at_all_says_what_to_use_instead(hybrid):
 def test_shared_memory_on_processes_is_a_contradiction_if_the_user_wrote_both(place):
     in_context, in_call = ({"require": "sharedmem"} if place == p else {} for p in ("context", "call"))
     with (
-        pytest.raises(ConfigurationError, match="require='sharedmem' cannot be met with tier='processes'.*'threads'"),
+        pytest.raises(ConfigurationError, match=r"require='sharedmem' cannot be met with tier='processes'.*'threads'"),
         parallel_config("hybrid", tier="processes", n_jobs=2, **in_context),
     ):
         Parallel(**({"tier": "processes", **in_call} if in_call else {}))(delayed(abs)(i) for i in range(4))
@@ -230,7 +235,7 @@ def test_dask_without_distributed_names_the_extra():
 def test_a_tier_whose_package_is_missing_says_which():
     joblib_backends.register_tier("absent", "no_such_package.tier:Tier")
     with (
-        pytest.raises(MissingDependencyError, match="tier='absent' needs the package 'no_such_package'.*Install"),
+        pytest.raises(MissingDependencyError, match=r"tier='absent' needs the package 'no_such_package'.*Install"),
         parallel_backend("hybrid", tier="absent", n_jobs=2),
     ):
         Parallel()(delayed(abs)(i) for i in range(4))
@@ -239,7 +244,7 @@ def test_a_tier_whose_package_is_missing_says_which():
 def test_dask_without_a_cluster_says_what_to_give():
     pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
     with (
-        pytest.raises(ConfigurationError, match="has no cluster: give scheduler=.* or client="),
+        pytest.raises(ConfigurationError, match=r"has no cluster: give scheduler=.* or client="),
         parallel_backend("hybrid", tier="dask", n_jobs=2),
     ):
         Parallel()(delayed(abs)(i) for i in range(4))
@@ -249,7 +254,7 @@ def test_a_scheduler_that_does_not_answer_is_named_with_the_wait():
     pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
     address = "tcp://127.0.0.1:9"
     with (
-        pytest.raises(ClusterUnavailableError, match=f"{address}.* within wait_for_workers=0.5 seconds"),
+        pytest.raises(ClusterUnavailableError, match=rf"{address}.* within wait_for_workers=0.5 seconds"),
         parallel_backend("hybrid", scheduler=address, wait_for_workers=0.5, n_jobs=2),
     ):
         Parallel()(delayed(abs)(i) for i in range(4))
@@ -258,7 +263,7 @@ def test_a_scheduler_that_does_not_answer_is_named_with_the_wait():
 def test_an_address_that_is_none_is_refused():
     pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
     with (
-        pytest.raises(ConfigurationError, match="scheduler is 'nonsense://x', but must be an address such as 'tcp:"),
+        pytest.raises(ConfigurationError, match=r"scheduler is 'nonsense://x', but must be an address such as 'tcp:"),
         parallel_backend("hybrid", scheduler="nonsense://x", wait_for_workers=0.5, n_jobs=2),
     ):
         Parallel()(delayed(abs)(i) for i in range(4))
@@ -269,7 +274,9 @@ def test_a_cluster_without_workers_is_named_with_the_wait():
     with (
         distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
-        pytest.raises(ClusterUnavailableError, match="has had no worker for 0.5 seconds.*wait_for_workers=1") as caught,
+        pytest.raises(
+            ClusterUnavailableError, match=r"has had no worker for 0.5 seconds.*wait_for_workers=1"
+        ) as caught,
         parallel_backend("hybrid", client=client, wait_for_workers=0.5, n_jobs=2),
     ):
         Parallel()(delayed(abs)(i) for i in range(4))
@@ -344,19 +351,13 @@ def fail_with(copying, error, match, task):
     return caught.value
 
 
-CANNOT_TRAVEL = {
-    "argument": (TaskPicklingError, r"argument 1 of take, a lock, cannot be pickled", lambda i: (i, threading.Lock())),
-    "nested argument": (TaskPicklingError, r"argument 0 of take, a dict, cannot be pickled", lambda i: ({"a": open},)),
-}
-
-
 def test_an_argument_that_cannot_be_pickled_is_named(copying):
-    match = "argument 1 of take, a lock, cannot be pickled: .*prefer='threads'"
+    match = r"argument 1 of take, a lock, cannot be pickled: .*prefer='threads'"
     fail_with(copying, TaskPicklingError, match, lambda i: delayed(take)(i, threading.Lock()))
 
 
 def test_a_keyword_argument_that_cannot_be_pickled_is_named(copying):
-    match = "argument 'lock' of take, a dict, cannot be pickled"
+    match = r"argument 'lock' of take, a dict, cannot be pickled"
     fail_with(copying, TaskPicklingError, match, lambda i: delayed(take)(i, lock={"a": threading.Lock()}))
 
 
@@ -371,32 +372,32 @@ def test_a_function_that_cannot_be_pickled_is_named(copying):
 
 
 def test_a_result_that_cannot_be_pickled_is_named(copying):
-    match = "result of the task 0 .*a lock, cannot be pickled: .*Return what it is made from"
+    match = r"result of the task 0 .*a lock, cannot be pickled: .*Return what it is made from"
     fail_with(copying, ResultPicklingError, match, delayed(make_lock))
 
 
 def test_a_result_that_cannot_be_loaded_is_an_error(copying):
-    match = "cannot be loaded here: ValueError: invalid literal"
+    match = r"cannot be loaded here: ValueError: invalid literal"
     fail_with(copying, ResultPicklingError, match, delayed(make_unloadable))
 
 
 @pytest.mark.parametrize(("function", "name"), [(raise_odd, "Odd: . in here"), (raise_with_lock, "ValueError: ")])
-def test_an_exception_that_cannot_travel_is_named_with_its_text(function, name, copying):
-    error = fail_with(copying, ResultPicklingError, f"A task raised .*{name}", delayed(function))
+def test_an_exception_that_cannot_travel_is_named_with_its_text(function, name, distant):
+    error = fail_with(distant, ResultPicklingError, f"A task raised .*{name}", delayed(function))
     assert f"in {function.__name__}" in str(error.__cause__)
 
 
-def test_an_exception_that_cannot_even_be_printed_is_named(copying):
-    fail_with(copying, ResultPicklingError, "A task raised .*Shy", delayed(raise_shy))
+def test_an_exception_that_cannot_even_be_printed_is_named(distant):
+    fail_with(distant, ResultPicklingError, "A task raised .*Shy", delayed(raise_shy))
 
 
 def test_a_module_that_a_worker_lacks_is_named(copying):
-    match = "ModuleNotFoundError: .*cannot import no_such_module_anywhere: install it there"
+    match = r"ModuleNotFoundError: .*cannot import no_such_module_anywhere: install it there"
     fail_with(copying, TaskLoadError, match, lambda i: delayed(take)(LoadsHereOnly()))
 
 
 def test_an_argument_that_a_worker_cannot_load_is_named(copying):
-    match = "A worker could not load the task 0 of a batch: ValueError: invalid literal"
+    match = r"A worker could not load the task 0 of a batch: ValueError: invalid literal"
     fail_with(copying, TaskLoadError, match, lambda i: delayed(take)(FailsToLoad()))
 
 
@@ -411,7 +412,7 @@ def test_a_filter_of_warnings_that_a_worker_cannot_import_is_named(tier, request
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with warnings.catch_warnings(), make_hybrid(tier, request)():
         warnings.simplefilter("ignore", module.Category)
-        with pytest.raises(TaskLoadError, match="cannot import only_in_the_parent: .*warnings.filters"):
+        with pytest.raises(TaskLoadError, match=r"cannot import only_in_the_parent: .*warnings.filters"):
             SklearnParallel()(sklearn_delayed(take)(i) for i in range(4))
 
 
@@ -430,7 +431,7 @@ def boom(i):
 
 
 def test_a_users_exception_passes_untouched(hybrid):
-    with hybrid(), pytest.raises(Own, match="what") as caught:
+    with hybrid(), pytest.raises(Own, match=r"what") as caught:
         Parallel(batch_size=1)(delayed(boom)(3) for _ in range(4))
     error = caught.value
     assert (type(error), error.args, error.detail) == (Own, ("what", 3), {"i": 3})
@@ -445,7 +446,7 @@ def test_the_traceback_of_the_worker_is_the_cause(copying):
     assert re.search(r'test_errors.py", line \d+, in boom\n', caught.value.__cause__.text)
 
 
-@pytest.mark.parametrize("error", [KeyError("k"), OSError(2, "No such file", "name"), StopIteration(3), SystemExit(4)])
+@pytest.mark.parametrize("error", [KeyError("k"), OSError(2, "No such file", "name"), LookupError(), SystemExit(4)])
 def test_builtin_exceptions_keep_type_and_arguments(error, hybrid):
     with hybrid(), pytest.raises(type(error)) as caught:
         Parallel()(delayed(throw)(error) for _ in range(4))

@@ -127,12 +127,12 @@ def test_changes_to_a_shared_mapping_reach_its_other_mappings(store, nbytes):
 def test_a_file_that_is_too_short_is_an_error_and_not_wrong_data(store):
     resident = put(store)
     os.truncate(resident.path, 10)
-    with pytest.raises(StoreError, match="shorter than its content"):
+    with pytest.raises(StoreError, match=r"shorter than its content"):
         map_buffer(resident.ref())
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(FileNotFoundError, match="/nowhere/0001"):
+    with pytest.raises(FileNotFoundError, match=r"/nowhere/0001"):
         map_buffer(BufferRef("/nowhere/0001", 0, 10))
 
 
@@ -158,7 +158,7 @@ def test_a_full_shared_memory_falls_back_to_the_temporary_folder(store, monkeypa
 def test_no_room_anywhere_is_an_error_that_names_bytes_and_places(store, monkeypatch):
     monkeypatch.delenv("JOBLIB_TEMP_FOLDER", raising=False)
     monkeypatch.setattr(os, "posix_fallocate", full("/"))
-    with pytest.raises(StoreError, match="a buffer of 1000 bytes") as caught:
+    with pytest.raises(StoreError, match=r"a buffer of 1000 bytes") as caught:
         put(store)
     assert f"/dev/shm: No space left on device; {tempfile.gettempdir()}: No space" in str(caught.value)
     assert "temp_folder" in str(caught.value)
@@ -167,7 +167,7 @@ def test_no_room_anywhere_is_an_error_that_names_bytes_and_places(store, monkeyp
 
 def test_a_failed_write_leaves_no_file(store, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "posix_fallocate", full(str(tmp_path)))
-    with pytest.raises(StoreError, match="No space left"):
+    with pytest.raises(StoreError, match=r"No space left"):
         put(store, folder=str(tmp_path))
     assert [path.name for path in tmp_path.glob("*/*")] == ["owner.lock"]
 
@@ -184,7 +184,7 @@ def small_place(tmp_path):
 
 def test_a_place_that_is_really_full_is_noticed_before_anything_is_written(store, small_place):
     first = put(store, b"x" * 500_000, folder=small_place)
-    with pytest.raises(StoreError, match=f"2000000 bytes .{small_place}: No space left on device"):
+    with pytest.raises(StoreError, match=rf"2000000 bytes .{small_place}: No space left on device"):
         put(store, b"y" * 2_000_000, folder=small_place)
     assert bytes(map_buffer(first.ref())) == b"x" * 500_000
     assert put(store, b"z" * 300_000, folder=small_place).nbytes == 300_000
@@ -192,7 +192,7 @@ def test_a_place_that_is_really_full_is_noticed_before_anything_is_written(store
 
 def test_a_temp_folder_that_cannot_be_used_is_named(store, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="file/below: Not a directory"):
+    with pytest.raises(StoreError, match=r"file/below: Not a directory"):
         put(store, folder=str(tmp_path / "file" / "below"))
 
 

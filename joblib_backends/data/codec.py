@@ -24,10 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
-from itertools import chain
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import FunctionType
 from typing import Any, Final
 
 import cloudpickle
@@ -35,9 +32,11 @@ import numpy as np
 
 from ..config import Config
 from ..errors import StoreError, TaskPicklingError
-from .arrays import address_of, as_memmap_reference, owns_all, reduce_array, root_owner
+from .arrays import address_of, owns_all, root_owner
+from .pickler import Pickler, Standalone
 from .scope import ResidentScope
 from .store import BufferRef, Resident, digest_of, map_buffer
+from .values import Task, cannot_change, has_only_leaves, is_large, is_small_and_immutable
 
 __all__ = [
     "Encoder",
@@ -51,29 +50,14 @@ __all__ = [
     "resolving",
 ]
 
-Task = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 Pickle = tuple[bytes, list[BufferRef]]
 Wire = tuple[list[Pickle], list[Pickle], bytes, dict[str, int], bytes]
 
-#: Values that tasks may share, since nobody can change them: such tasks travel in one pickle.
-_IMMUTABLE: Final = frozenset({int, float, complex, bool, str, bytes, type(None), FunctionType, BuiltinFunctionType})
 
-#: The part of them that needs no second look; a function may have captured what can change.
-_ATOMS: Final = frozenset({int, float, complex, bool, type(None)})
 
-#: Values inside a container that nobody tells from an equal copy; NumPy's void is the one scalar that can change.
-_LEAVES: Final = (
-    _IMMUTABLE | {date, datetime, time, timedelta, Decimal} | (frozenset(np.sctypeDict.values()) - {np.void, np.object_})
-)
 
-#: Builtin containers that, as a direct argument, are pickled on their own and placed when they are large.
-_CONTAINERS: Final = frozenset({list, tuple, dict, set, frozenset, str, bytes, bytearray})
 
-#: Items (or characters) from which such a container is worth a look: below it, a pickle has under 1 MiB anyway.
-_LARGE_CONTAINER: Final = 1_000
 
-#: Buffers inside such a container that stay in its pickle, where one hash finds all of them together.
-_INNER_BELOW: Final = 4_096
 
 #: Bytes from which a buffer of a scattered object is placed; smaller ones travel as fast in the pickle.
 _SCATTERED_FROM: Final = 1_024
@@ -128,7 +112,7 @@ class Encoder:
         pickling = _Pickling(self, min_nbytes=_SCATTERED_FROM)
         for position, value in enumerate(values):
             try:
-                pickling.dump((_Standalone(value) if _is_large(value, _SCATTERED_FROM) else value,))
+                pickling.dump((Standalone(value) if is_large(value, _SCATTERED_FROM) else value,))
             except StoreError:
                 raise
             except Exception as error:
@@ -150,10 +134,10 @@ class Encoder:
         for value in values:
             if id(value) in self._references:
                 replaced[id(value)] = self._references[id(value)]
-            elif threshold is not None and _is_large(value, threshold):
+            elif threshold is not None and is_large(value, threshold):
                 others = (other for other in (function, *values) if other is not value)
-                if id(value) in self._scattered or _has_only_leaves(value) or all(map(_has_only_leaves, others)):
-                    replaced[id(value)] = _Standalone(value)
+                if id(value) in self._scattered or has_only_leaves(value) or all(map(has_only_leaves, others)):
+                    replaced[id(value)] = Standalone(value)
         return replaced
 
     def encode(
@@ -334,12 +318,12 @@ class _Pickling:
         stream = io.BytesIO()
         # A new pickler each time, 2 µs: tasks must not share its memo, and kept here it would be a cycle that
         # holds the context, with its workers, until the garbage collector comes by.
-        _Pickler(stream, self._take_buffer, self._encoder.is_resident).dump(value)
+        Pickler(stream, self._take_buffer, self._encoder.is_resident).dump(value)
         return stream.getvalue(), self._refs
 
     def dump_tasks(self, tasks: Sequence[Task]) -> list[Pickle]:
         """Return one pickle for all tasks if they are small and nothing in them can change, else one for each."""
-        if all(map(_is_small_and_immutable, tasks)):
+        if all(map(is_small_and_immutable, tasks)):
             return [self.dump(tasks)]
         return [self._dump_task(*task) for task in tasks]
 
@@ -348,7 +332,7 @@ class _Pickling:
         if replaced:
             args = tuple(replaced.get(id(value), value) for value in args)
             kwargs = {name: replaced.get(id(value), value) for name, value in kwargs.items()}
-        is_shareable = type(function) is FunctionType and _cannot_change(function)
+        is_shareable = type(function) is FunctionType and cannot_change(function)
         callee = self._position_of(function) if is_shareable else function
         return self.dump([(callee, args, kwargs)])
 
@@ -376,113 +360,22 @@ class _Pickling:
         return False
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle, with arrays reduced so that their bytes can leave the pickle."""
-
-    def __init__(
-        self,
-        stream: io.BytesIO,
-        take_buffer: Callable[[pickle.PickleBuffer], object],
-        is_resident: Callable[[int, int], bool],
-    ) -> None:
-        super().__init__(stream, protocol=5, buffer_callback=take_buffer)
-        self._is_resident = is_resident
-
-    def reducer_override(self, obj: Any) -> Any:
-        reduced = self._reduce_data(obj)
-        return super().reducer_override(obj) if reduced is None else reduced
-
-    def _reduce_data(self, obj: Any) -> Any:
-        kind = type(obj)
-        if kind is _Standalone:
-            return _load_standalone, self._standalone(obj.value)
-        if kind is np.memmap:
-            return as_memmap_reference(obj)
-        if kind is not np.ndarray:
-            return None
-        if not obj.dtype.hasobject:
-            return reduce_array(obj, self._is_resident)
-        if obj.size < _LARGE_CONTAINER or not _has_only_leaves(obj.ravel().tolist()):
-            return None
-        # An array of objects, by its own reduction: the array itself would only come back here.
-        return _rebuild_standalone, self._standalone(obj.__reduce__())
-
-    def _standalone(self, value: Any) -> tuple[pickle.PickleBuffer, ...]:
-        """Return ``value`` as a pickle that is itself a buffer, so that it can be placed and found by content."""
-        buffers: list[pickle.PickleBuffer] = []
-
-        def take(buffer: pickle.PickleBuffer) -> bool:
-            is_inner = buffer.raw().nbytes < _INNER_BELOW
-            if not is_inner:
-                buffers.append(buffer)
-            return is_inner
-
-        stream = io.BytesIO()
-        _Pickler(stream, take, self._is_resident).dump(value)
-        return (pickle.PickleBuffer(stream.getvalue()), *buffers)
 
 
-class _Standalone:
-    """Marks a builtin container to be pickled on its own: pickle asks no hook about exact builtin types."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
 
 
-def _is_large(value: Any, threshold: int) -> bool:
-    return type(value) in _CONTAINERS and len(value) >= min(_LARGE_CONTAINER, threshold)
 
 
-def _has_only_leaves(value: Any) -> bool:
-    """Return whether nothing inside ``value`` can be told from an equal copy; one level of tuples is looked into."""
-    kind = type(value)
-    if kind in _LEAVES:
-        return kind not in _IMMUTABLE or _cannot_change(value)
-    if kind is bytearray:
-        return True
-    if kind not in _CONTAINERS:
-        return False
-    items = chain(value, value.values()) if kind is dict else value
-    return all(type(item) in _LEAVES or (type(item) is tuple and _all_leaves(item)) for item in items)
 
 
-def _all_leaves(items: tuple[Any, ...]) -> bool:
-    return all(type(item) in _LEAVES for item in items)
 
 
-def _load_standalone(stream: Any, *buffers: Any) -> Any:
-    return pickle.loads(stream, buffers=buffers)
 
 
-def _rebuild_standalone(stream: Any, *buffers: Any) -> Any:
-    make, args, state = pickle.loads(stream, buffers=buffers)
-    array = make(*args)
-    array.__setstate__(state)
-    return array
 
 
-def _is_small_and_immutable(task: Task) -> bool:
-    function, args, kwargs = task
-    return (
-        _cannot_change(function)
-        and all(_cannot_change(value) and not _is_large(value, _LARGE_CONTAINER) for value in args)
-        and all(_cannot_change(value) and not _is_large(value, _LARGE_CONTAINER) for value in kwargs.values())
-    )
 
 
-def _cannot_change(value: Any) -> bool:
-    kind = type(value)
-    if kind in _ATOMS:
-        return True
-    if kind is FunctionType:
-        # What a closure captured can change, and then the next task must get it as it was sent.
-        return value.__closure__ is None
-    if kind is BuiltinFunctionType:
-        # abs belongs to its module, but stack.pop to a list.
-        return isinstance(value.__self__, ModuleType | type)
-    return kind in _IMMUTABLE
 
 
 def _pickle_initializer(config: Config) -> bytes:

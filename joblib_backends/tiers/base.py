@@ -189,6 +189,8 @@ def load_tier(name: str) -> type[Tier]:
         extra = _EXTRAS.get(missing)
         advice = f"pip install 'joblib-backends[{extra}]'" if extra else f"Install {missing or 'what it needs'}"
         raise MissingDependencyError(f"tier={name!r} needs the package {missing!r}: {error}. {advice}.") from error
+    except AttributeError as error:
+        raise ConfigurationError(f"The tier {name!r} at {_TABLE[name]!r} cannot be loaded: {error}.") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Tier)):
         raise ConfigurationError(f"The tier {name!r} at {_TABLE[name]!r} is {loaded!r}, which is not a Tier.")
     return loaded

@@ -18,10 +18,8 @@ cancelled or lost.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import re
-import socket
 import threading
 import time
 import uuid
@@ -35,12 +33,11 @@ import numpy as np
 from dask.base import is_dask_collection
 
 from ..config import Config
-from ..data.arrays import address_of
-from ..data.codec import Payload, RemoteReference, Wire, missing_files, moved_files, resolving
-from ..data.scope import ResidentScope
-from ..data.store import Resident, default_store, map_buffer
+from ..data.codec import Payload, RemoteReference
+from ..data.store import Resident, map_buffer
 from ..errors import ClusterUnavailableError, ConfigurationError, WorkerLostError
-from ..worker import Outcome, PackedOutcome, run_payload, unpack
+from ..remote import Missing, process_identity, run_remotely
+from ..worker import Outcome, PackedOutcome, unpack
 from .base import Tier, Work
 
 __all__ = ["DaskTier"]
@@ -158,12 +155,6 @@ class _Cancel(NamedTuple):
     tickets: list[_Ticket]
 
 
-class _Missing(NamedTuple):
-    """A worker's answer when it has no access to some files; the batch did not run."""
-
-    paths: list[str]
-
-
 class _Connection:
     """A client, and the two threads that talk to it for all calls on it.
 
@@ -258,7 +249,7 @@ class _Exchange:
         self._done: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
         self._scattered: weakref.WeakKeyDictionary[Resident, Any] = weakref.WeakKeyDictionary()
         self._needs_data = threading.Event()
-        self._origin = _process_identity()
+        self._origin = process_identity()
 
     def start(self) -> None:
         for name, body in (("sender", self._send_all), ("collector", self._collect_all)):
@@ -285,7 +276,7 @@ class _Exchange:
     def _send(self, tickets: list[_Ticket]) -> None:
         try:
             futures = self._client.map(
-                _run_on_worker,
+                run_remotely,
                 [ticket.payload.wire for ticket in tickets],
                 [self._data_for(ticket) for ticket in tickets],
                 key=[ticket.key for ticket in tickets],
@@ -341,7 +332,7 @@ class _Exchange:
             failure = WorkerLostError("The result of a batch was lost with its Dask worker.")
         for ticket in tickets:
             outcome = outcomes.get(ticket.key)
-            if isinstance(outcome, _Missing):
+            if isinstance(outcome, Missing):
                 self._needs_data.set()
                 ticket.key += "-with-data"
                 self._outbox.put(ticket)
@@ -411,45 +402,3 @@ def _is_remote(value: Any) -> bool:
 
 def _nothing() -> None:
     """Do nothing, on a worker."""
-
-
-def _process_identity() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-# ---- on the worker
-
-
-def _run_on_worker(
-    wire: Wire, data: dict[str, tuple[bytes, Any]], remote_objects: dict[str, Any], origin: str
-) -> PackedOutcome | _Missing:
-    """Run a batch in a Dask worker's thread."""
-    if data:
-        wire = moved_files(wire, {path: _local_resident(*item).ref() for path, item in data.items()})
-    missing = missing_files(wire)
-    if missing:
-        return _Missing(missing)
-    with resolving(remote_objects, _worker_scope()):
-        return run_payload(wire, owns_process=_process_identity() != origin)
-
-
-def _local_resident(digest: bytes, content: Any) -> Resident:
-    """Return the resident for data that Dask brought, written once per worker process and gone with Dask's copy."""
-    scope = _worker_scope()
-    resident = scope.store.find(digest, content.nbytes)
-    if resident is None:
-        resident = scope.store.put(memoryview(content), digest)
-    scope.hold(resident, address_of(content), content)
-    return resident
-
-
-class _WorkerScope:
-    lock = threading.Lock()
-    scope: ResidentScope | None = None
-
-
-def _worker_scope() -> ResidentScope:
-    with _WorkerScope.lock:
-        if _WorkerScope.scope is None:
-            _WorkerScope.scope = ResidentScope(default_store(), outlives_calls=True)
-        return _WorkerScope.scope

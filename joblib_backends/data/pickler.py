@@ -1,0 +1,85 @@
+"""cloudpickle, with the bytes of arrays and of large containers out of band."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, Final
+
+import cloudpickle
+import numpy as np
+
+from .arrays import as_memmap_reference, reduce_array
+from .values import LARGE_CONTAINER, has_only_leaves
+
+__all__ = ["Pickler", "Standalone"]
+
+#: Buffers inside such a container that stay in its pickle, where one hash finds all of them together.
+_INNER_BELOW: Final = 4_096
+
+
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """cloudpickle, with arrays reduced so that their bytes can leave the pickle."""
+
+    def __init__(
+        self,
+        stream: io.BytesIO,
+        take_buffer: Callable[[pickle.PickleBuffer], object],
+        is_resident: Callable[[int, int], bool],
+    ) -> None:
+        super().__init__(stream, protocol=5, buffer_callback=take_buffer)
+        self._is_resident = is_resident
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduced = self._reduce_data(obj)
+        return super().reducer_override(obj) if reduced is None else reduced
+
+    def _reduce_data(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is Standalone:
+            return _load_standalone, self._standalone(obj.value)
+        if kind is np.memmap:
+            return as_memmap_reference(obj)
+        if kind is not np.ndarray:
+            return None
+        if not obj.dtype.hasobject:
+            return reduce_array(obj, self._is_resident)
+        if obj.size < LARGE_CONTAINER or not has_only_leaves(obj.ravel().tolist()):
+            return None
+        # An array of objects, by its own reduction: the array itself would only come back here.
+        return _rebuild_standalone, self._standalone(obj.__reduce__())
+
+    def _standalone(self, value: Any) -> tuple[pickle.PickleBuffer, ...]:
+        """Return ``value`` as a pickle that is itself a buffer, so that it can be placed and found by content."""
+        buffers: list[pickle.PickleBuffer] = []
+
+        def take(buffer: pickle.PickleBuffer) -> bool:
+            is_inner = buffer.raw().nbytes < _INNER_BELOW
+            if not is_inner:
+                buffers.append(buffer)
+            return is_inner
+
+        stream = io.BytesIO()
+        Pickler(stream, take, self._is_resident).dump(value)
+        return (pickle.PickleBuffer(stream.getvalue()), *buffers)
+
+
+class Standalone:
+    """Marks a builtin container to be pickled on its own: pickle asks no hook about exact builtin types."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _load_standalone(stream: Any, *buffers: Any) -> Any:
+    return pickle.loads(stream, buffers=buffers)
+
+
+def _rebuild_standalone(stream: Any, *buffers: Any) -> Any:
+    make, args, state = pickle.loads(stream, buffers=buffers)
+    array = make(*args)
+    array.__setstate__(state)
+    return array

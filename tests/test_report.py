@@ -1,0 +1,124 @@
+"""What a call says about itself."""
+
+import re
+
+import joblib
+import numpy as np
+import pytest
+from conftest import COPYING_TIERS
+from joblib import Parallel, delayed, parallel_backend
+from sklearn.base import clone
+from sklearn.linear_model import Ridge
+
+import joblib_backends
+from joblib_backends import CallReport, last_report
+from joblib_backends.report import announce, readable_nbytes, record
+
+
+def square(i):
+    return i * i
+
+
+def fails(i):
+    raise KeyError(i)
+
+
+def inner(n):
+    return Parallel(n_jobs=2)(delayed(square)(i) for i in range(n))
+
+
+def total(array):
+    return float(array.sum())
+
+
+def test_a_report_counts_what_ran(hybrid, tier):
+    with hybrid():
+        Parallel(batch_size=5, pre_dispatch="all")([delayed(square)(i) for i in range(20)])
+    report = last_report()
+    assert (report.function, report.tier, report.n_jobs) == ("square", tier, 2)
+    assert (report.tasks, report.batches, report.failed) == (20, 4, False)
+    assert report.reason == f"tier={tier!r} was asked for"
+    assert report.busy_seconds > 0
+    assert report.seconds > 0
+
+
+def test_a_failed_call_says_so(hybrid):
+    with hybrid(), pytest.raises(KeyError):
+        Parallel()(delayed(fails)(i) for i in range(4))
+    assert last_report().failed
+    assert "fails: 0 tasks in 0 batches failed after" in str(last_report())
+
+
+def test_large_data_counts_as_moved_once_and_then_as_saved(hybrid, tier):
+    array = np.arange(300_000.0)
+    with hybrid():
+        Parallel(batch_size=1)(delayed(total)(array) for _ in range(4))
+    report = last_report()
+    copies = tier in COPYING_TIERS
+    assert report.nbytes_moved == (array.nbytes if copies else 0)
+    assert report.nbytes_saved == (3 * array.nbytes if copies else 0)
+    assert (report.nbytes_pickled > 0) == copies
+
+
+def test_nested_calls_leave_the_report_of_the_outermost():
+    with parallel_backend("hybrid", tier="threads", n_jobs=2):
+        Parallel(batch_size=1)(delayed(inner)(7) for _ in range(3))
+    assert (last_report().function, last_report().tasks) == ("inner", 3)
+
+
+def test_one_job_leaves_the_last_report_alone():
+    with parallel_backend("hybrid", tier="threads"):
+        Parallel(n_jobs=2)(delayed(square)(i) for i in range(5))
+        before = last_report()
+        Parallel(n_jobs=1)(delayed(square)(i) for i in range(9))
+    assert last_report() is before
+
+
+def test_an_empty_call_reports_no_tier():
+    with parallel_backend("hybrid", tier="threads", n_jobs=2):
+        Parallel()([])
+    assert (last_report().tier, last_report().reason) == ("none", "there were no tasks")
+
+
+def test_batches_of_one_call_may_differ_in_tier():
+    with parallel_backend("hybrid", n_jobs=2):
+        Parallel(batch_size=1)([delayed(clone)(Ridge()), delayed(square)(2)])
+    assert last_report().tier == "threads + processes"
+    assert "come from scikit-learn" in last_report().reason
+    assert "not known to be safe on threads" in last_report().reason
+
+
+def test_a_report_reads_as_four_lines():
+    report = CallReport("fit", "threads", "because", 2, 10, 5, 1.5, 2.0, 3_000_000, 500, 7, False)
+    assert str(report).splitlines() == [
+        "fit: 10 tasks in 5 batches done in 1.500 s",
+        "  tier   threads, n_jobs=2",
+        "  reason because",
+        "  bytes  3.0 MB moved, 7 B not moved again, 500 B pickled",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_500_000, "1.5 MB"), (2e9, "2.0 GB"), (3e16, "30000.0 TB")],
+)
+def test_bytes_read_in_a_unit_of_their_size(nbytes, text):
+    assert readable_nbytes(nbytes) == text
+
+
+def test_the_last_report_is_what_was_recorded_last():
+    report = CallReport("f", "threads", "r", 1, 1, 1, 0.1, 0.1, 0, 0, 0, False)
+    record(report)
+    assert joblib_backends.last_report() is report
+
+
+def test_announcements_go_to_stderr(capsys):
+    announce("something")
+    assert capsys.readouterr().err == "joblib_backends: something\n"
+
+
+def test_functools_partials_and_lambdas_have_names():
+    with parallel_backend("hybrid", tier="threads", n_jobs=2):
+        Parallel()(delayed(lambda i: i)(i) for i in range(2))
+    assert re.search(r"<lambda>$", last_report().function)
+    assert joblib.effective_n_jobs(1) == 1
