@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import queue
 import sys
 import threading
 import weakref
@@ -281,6 +282,8 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
     def start_call(self) -> None:
         """Open a call."""
         self._context.leave_to_parent()
+        # joblib leaves in it what an aborted call of the same Parallel had cut and not sent, and sends it with this one.
+        self.parallel._ready_batches = queue.SimpleQueue()
         self._widen_pre_dispatch()
         self._call = Call(
             self._call_config,
@@ -395,6 +398,8 @@ def _call_back(parallel: Any, callback: Callback, future: BatchFuture) -> None:
     try:
         callback(future)
     except BaseException as error:
+        if parallel._aborting:
+            raise
         job = joblib_parallel.BatchCompletionCallBack(0, 0, parallel)
         parallel._register_new_job(job)
         job._register_outcome({"result": error, "status": joblib_parallel.TASK_ERROR})

@@ -61,7 +61,7 @@ def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
         if owns_process:
             keep_limits(wire[3])
         with limited({} if owns_process else wire[3]):
-            results = _run_tasks(wire)
+            results = _run_tasks(wire, wire[3] if owns_process else {})
         packed = _pack_results(results)
     except BaseException as error:
         return False, _pack_error(error), time.perf_counter() - started
@@ -90,7 +90,7 @@ def unpack(outcome: PackedOutcome) -> Outcome:
     return Outcome(None, raised, seconds)
 
 
-def _run_tasks(wire: Wire) -> list[Any]:
+def _run_tasks(wire: Wire, limits: dict[str, int]) -> list[Any]:
     function_pickles, task_pickles, nested, _, initializer = wire
     _initialize_once(initializer)
     backend, n_jobs = pickle.loads(nested)
@@ -98,10 +98,15 @@ def _run_tasks(wire: Wire) -> list[Any]:
     with parallel_config(backend=backend, n_jobs=n_jobs):
         functions = [_load("function", *pickled) for pickled in function_pickles]
         for pickled in task_pickles:
+            tasks = _load(f"task {len(results)}", *pickled)
+            if limits:
+                # Loading may have imported a library that was not there when the limits were set; else this is free.
+                keep_limits(limits)
             results += [
                 (functions[callee] if type(callee) is int else callee)(*args, **kwargs)
-                for callee, args, kwargs in _load(f"task {len(results)}", *pickled)
+                for callee, args, kwargs in tasks
             ]
+            del tasks
     return results
 
 

@@ -267,7 +267,8 @@ def test_temp_folder_takes_the_files(where, hybrid, tmp_path):
         (path,) = tmp_path.glob("*/0*")  # x lives, and so does its file
         assert path.stat().st_size == x.nbytes
         assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    assert list(tmp_path.glob("*/0*")) == []
+    # A thread of the tier may still be letting go of the last batch.
+    assert eventually(lambda: list(tmp_path.glob("*/0*")) == [])
 
 
 def test_a_temp_folder_without_room_fails_the_call_by_name(hybrid, tmp_path):
@@ -300,9 +301,7 @@ def test_nothing_is_left_when_a_context_ends(hybrid):
         assert resident_files()
 
 
-def test_nothing_is_left_after_an_exception(hybrid, tier, request):
-    if tier == "processes":
-        request.applymarker(pytest.mark.xfail(reason="the last failed call stays until the next, see the report"))
+def test_nothing_is_left_after_an_exception(hybrid):
     x, before = ones(), set(resident_files())
     with hybrid(scatter=[x]), contextlib.suppress(TypeError):
         Parallel()(delayed(total)(x, wrong=i) for i in range(4))
@@ -453,8 +452,8 @@ def own_folders():
 
 
 def hide_files_of(folders):
-    from joblib_backends.data.codec import missing_files
     from joblib_backends import remote
+    from joblib_backends.data.codec import missing_files
 
     def without(wire):
         paths = [ref[0] for _, refs in (*wire[0], *wire[1]) for ref in refs]

@@ -446,9 +446,12 @@ def test_the_traceback_of_the_worker_is_the_cause(copying):
     assert re.search(r'test_errors.py", line \d+, in boom\n', caught.value.__cause__.text)
 
 
-@pytest.mark.parametrize("error", [KeyError("k"), OSError(2, "No such file", "name"), LookupError(), SystemExit(4)])
-def test_builtin_exceptions_keep_type_and_arguments(error, hybrid):
-    with hybrid(), pytest.raises(type(error)) as caught:
+@pytest.mark.parametrize(
+    ("kind", "args"), [(KeyError, ("k",)), (OSError, (2, "No such file", "name")), (LookupError, ()), (SystemExit, (4,))]
+)
+def test_builtin_exceptions_keep_type_and_arguments(kind, args, hybrid):
+    error = kind(*args)  # made here: one that lived on would hold, by its traceback, the call that raised it
+    with hybrid(), pytest.raises(kind) as caught:
         Parallel()(delayed(throw)(error) for _ in range(4))
     assert (type(caught.value), caught.value.args) == (type(error), error.args)
 

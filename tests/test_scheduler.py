@@ -1,6 +1,7 @@
 """One call's batches, with tiers that do what the test says: every future ends exactly once, whatever dies."""
 
 import contextlib
+import copy
 import itertools
 import threading
 from concurrent.futures import CancelledError, Future
@@ -8,6 +9,7 @@ from concurrent.futures import CancelledError, Future
 import pytest
 from conftest import LONG, eventually
 from joblib._parallel_backends import SequentialBackend
+from joblib.parallel import BatchedCalls
 
 from joblib_backends.config import Config
 from joblib_backends.data.scope import ResidentScope
@@ -93,6 +95,7 @@ def open_call(tier="fake", n_jobs=2, form="list"):
     finally:
         call.abort()
         call.end()
+        ManualTier.pending = ()
 
 
 class Callbacks:
@@ -121,8 +124,8 @@ class Callbacks:
             self.call._lock.release()
 
 
-def results_of(n):
-    return lambda: [n]
+def results_of(value):
+    return BatchedCalls([(copy.copy, (value,), {})], NESTED)
 
 
 def fails():
@@ -250,7 +253,7 @@ def test_a_tier_that_refuses_a_batch_fails_the_call_and_not_submit(form):
 def test_a_batch_that_cannot_travel_fails_the_call_and_not_submit():
     lock = threading.Lock()
     with open_call("fake") as call:
-        future = call.submit(lambda: [lock], None, NESTED)
+        future = call.submit(results_of(lock), None, NESTED)
         with pytest.raises(TaskPicklingError, match="cannot be pickled"):
             call.retrieve(future, LONG)
 

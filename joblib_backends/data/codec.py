@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "missing_files",
     "moved_files",
+    "pickle_initializer",
     "resolving",
 ]
 
@@ -98,7 +99,7 @@ class Encoder:
         self._shared = config.mmap_mode in ("r+", "w+")
         self._shared_residents: dict[tuple[int, int], tuple[weakref.ref[Any], Resident]] = {}
         self._scattered = {id(value) for value in config.scatter}
-        self._initializer = _pickle_initializer(config)
+        self._initializer = pickle_initializer(config)
         self._nested: tuple[Any, bytes] | None = None
 
     def scatter(self, values: Iterable[Any]) -> int:
@@ -378,7 +379,7 @@ class _Pickling:
 
 
 
-def _pickle_initializer(config: Config) -> bytes:
+def pickle_initializer(config: Config) -> bytes:
     """Return (initializer, initargs) as bytes, empty without one; the bytes are also its identity in a worker."""
     if config.initializer is None:
         return b""

@@ -307,6 +307,8 @@ class _Exchange:
 
     def _cancel(self, tickets: list[_Ticket]) -> None:
         futures = [ticket.dask_future for ticket in tickets if ticket.dask_future is not None]
+        if not futures:
+            return
         with contextlib.suppress(Exception):  # the cluster may be gone; then there is nothing to cancel
             self._client.cancel(futures)
 

@@ -119,12 +119,16 @@ class FakeTier(Tier):
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            work, future = item
-            error = self._control.wait_for_turn()
-            if self._aborted or not future.set_running_or_notify_cancel():
-                continue
-            assert work.payload is not None
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(unpack(run_payload(work.payload.wire, owns_process=False)))
+            self._run(*item)
+            # An idle thread must not keep the last batch's data alive.
+            del item
+
+    def _run(self, work: Work, future: Future[Outcome]) -> None:
+        error = self._control.wait_for_turn()
+        if self._aborted or not future.set_running_or_notify_cancel():
+            return
+        assert work.payload is not None
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(unpack(run_payload(work.payload.wire, owns_process=False)))

@@ -22,7 +22,6 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
-import cloudpickle
 import joblib
 from loky import _base as loky_base
 from loky.process_executor import (
@@ -36,6 +35,7 @@ from loky.process_executor import (
 
 from ..budget import available_cores
 from ..config import Config
+from ..data.codec import pickle_initializer
 from ..errors import TaskLoadError, WorkerLostError
 from ..worker import Outcome, run_payload, unpack
 from .base import Tier, Work
@@ -121,7 +121,7 @@ class _Pool:
     @classmethod
     def get(cls, config: Config) -> _Pool:
         """Return the pool whose workers ran this initializer, or a new one."""
-        key = cloudpickle.dumps((config.initializer, config.initargs)) if config.initializer else b""
+        key = pickle_initializer(config)
         with cls._pools_lock:
             pool = cls._pools.get(key)
             if pool is None:
@@ -161,6 +161,8 @@ class _Pool:
             self._unwanted = [future for future in (*self._unwanted, *unwanted) if not future.done()]
             if not self._unwanted or self._calls:
                 return
+            # Emptied, because a future's callbacks hold its call, and with it the files of its batches.
+            self._unwanted = []
             executor = self._forget()
         if executor is not None:
             executor.stop(kill_workers=True)
