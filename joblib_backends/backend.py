@@ -282,7 +282,7 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
     def start_call(self) -> None:
         """Open a call."""
         self._context.leave_to_parent()
-        # joblib leaves in it what an aborted call of the same Parallel had cut and not sent, and sends it with this one.
+        # joblib keeps here what an aborted call of the same Parallel had not sent yet, and would send it with this one.
         self.parallel._ready_batches = queue.SimpleQueue()
         self._widen_pre_dispatch()
         self._call = Call(

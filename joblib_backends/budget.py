@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import joblib
+import threadpoolctl
 from threadpoolctl import ThreadpoolController
 
 from .config import Config, max_cpu_count_variable, thread_kinds_fixed
@@ -101,7 +102,8 @@ class _Libraries:
             if cls._n_modules != len(sys.modules):
                 cls._controller, cls._n_modules = ThreadpoolController(), len(sys.modules)
             assert cls._controller is not None
-            return cls._controller.limit(limits=dict(limits))
+            # Selected first, or the limiter would later put back the kinds that it did not limit, too.
+            return cls._controller.select(user_api=list(limits)).limit(limits=dict(limits))
 
 
 class _Kept(threading.local):
@@ -168,11 +170,26 @@ class ProcessWideLimit:
             self._apply()
 
     def _apply(self) -> None:
+        # threadpoolctl 3.8 lets only the first thread that limited OpenBLAS change the limit, and ignores all others:
+        # a call from a second thread would not be limited, and a limit lifted by another thread would stay for ever.
+        _let_any_thread_limit_blas()
+        try:
+            self._apply_here()
+        finally:
+            _let_any_thread_limit_blas()
+
+    def _apply_here(self) -> None:
         if self._outer is not None:
             self._outer.restore_original_limits()
             self._outer = None
         if self._asked:
             self._outer = _Libraries.limit({"blas": min(self._asked)})
+
+
+def _let_any_thread_limit_blas() -> None:
+    clear = getattr(threadpoolctl.OpenBLASController, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)
 
 
 process_wide_limit = ProcessWideLimit()

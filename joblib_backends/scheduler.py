@@ -365,6 +365,9 @@ class Call:
             self._waiting.clear()
             unfinished, self._unfinished = self._unfinished, set()
         for future in unfinished:
+            if future is not culprit or not self._joblib_polls:
+                # joblib's callback and this future hold each other: a cycle that would keep the context's workers.
+                future.callback = None
             future.set_exception(error)
         self._progress.set()
         if self._caller_completes:

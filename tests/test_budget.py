@@ -104,6 +104,18 @@ def test_the_lowest_limit_wins_while_several_calls_run():
     assert threads_of("blas") == before
 
 
+def test_a_limit_holds_and_goes_whichever_thread_was_first():
+    """threadpoolctl 3.8 listens to the first thread that limited OpenBLAS, and to no other."""
+    before, limit = threads_of("blas"), ProcessWideLimit()
+    with limit.applied({"blas": 1}):
+        pass
+
+    block = limit.applied({"blas": 1})
+    assert set(in_a_thread(lambda: block.__enter__() or threads_of("blas"))) == {1}
+    block.__exit__(None, None, None)
+    assert threads_of("blas") == before
+
+
 def test_no_limit_changes_nothing():
     before, limit = threads_of("blas"), ProcessWideLimit()
     with limit.applied({}), limited({}):
