@@ -447,7 +447,8 @@ def test_the_traceback_of_the_worker_is_the_cause(copying):
 
 
 @pytest.mark.parametrize(
-    ("kind", "args"), [(KeyError, ("k",)), (OSError, (2, "No such file", "name")), (LookupError, ()), (SystemExit, (4,))]
+    ("kind", "args"),
+    [(KeyError, ("k",)), (OSError, (2, "No such file", "name")), (LookupError, ()), (SystemExit, (4,))],
 )
 def test_builtin_exceptions_keep_type_and_arguments(kind, args, hybrid):
     error = kind(*args)  # made here: one that lived on would hold, by its traceback, the call that raised it

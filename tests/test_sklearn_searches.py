@@ -36,7 +36,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
-
 from test_sklearn_estimators import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
