@@ -13,6 +13,7 @@ import re
 import joblib
 import numpy as np
 import pytest
+from conftest import REAL_TIERS
 from scipy import sparse
 from scipy.stats import uniform
 from sklearn.base import RegressorMixin
@@ -29,6 +30,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
+
+@pytest.fixture(params=REAL_TIERS)
+def tier(request):
+    """Return each tier that users have: the fake one's thread would race with the caller for the warnings filters."""
+    return request.param
+
 
 #: Seconds differ from run to run, n_jobs is what we vary, and the generator that LatentDirichletAllocation
 #: keeps after the fit (random_state_) tells whether its jobs drew from it or from copies.

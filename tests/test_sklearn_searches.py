@@ -11,6 +11,7 @@ import warnings
 import joblib
 import numpy as np
 import pytest
+from conftest import REAL_TIERS
 from sklearn import config_context, get_config
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.compose import make_column_transformer
@@ -39,6 +40,12 @@ from sklearn.tree import DecisionTreeClassifier
 from test_sklearn_estimators import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+@pytest.fixture(params=REAL_TIERS)
+def tier(request):
+    """Return each tier that users have: the fake one's thread would race with the caller for the warnings filters."""
+    return request.param
+
 
 X, y = make_classification(80, 5, n_informative=4, n_redundant=0, flip_y=0.1, random_state=0)
 TREE = DecisionTreeClassifier(max_depth=4, random_state=0)
