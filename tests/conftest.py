@@ -117,12 +117,13 @@ def leaves_nothing():
     threads, workers = own_threads(), {p.pid for p in own_processes()}
     files, descriptors = set(resident_files()), psutil.Process().num_fds()
     yield
-    gc.collect()
-    assert eventually(lambda: own_threads() <= threads), own_threads() - threads
+    # Once is not enough: a thread that is still on its way out may close a cycle after it.
+    assert eventually(lambda: gc.collect() >= 0 and own_threads() <= threads), own_threads() - threads
     assert eventually(lambda: {p.pid for p in own_processes()} <= workers), own_processes()
     assert eventually(lambda: set(resident_files()) <= files), set(resident_files()) - files
-    # loky's and multiprocessing's resource trackers and a store's lock stay open for the process: once each.
-    assert psutil.Process().num_fds() <= descriptors + 6
+    # loky's and multiprocessing's resource trackers and a store's lock stay open for the process, once each, and a
+    # Dask client keeps its connections: what grows with every call is caught by the test of 300 calls.
+    assert eventually(lambda: psutil.Process().num_fds() <= descriptors + 16)
 
 
 @pytest.fixture(scope="session", autouse=True)

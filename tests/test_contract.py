@@ -225,9 +225,10 @@ def test_no_more_tasks_run_at_once_than_n_jobs_allows(hybrid, tier, tmp_path):
 
 def test_no_more_tasks_run_at_once_on_a_wider_cluster(tmp_path):
     distributed = pytest.importorskip("distributed")
-    options = {"n_workers": 1, "threads_per_worker": 4, "processes": False, "dashboard_address": None}
+    options = {"n_workers": 1, "threads_per_worker": 4, "processes": False, "dashboard_address": ":0"}
     with (
-        distributed.Client(**options, set_as_default=False) as client,
+        distributed.LocalCluster(**options) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
         parallel_backend("hybrid", client=client, n_jobs=2),
     ):
         found = Parallel(batch_size=1)(delayed(most_at_once)(tmp_path, 2, i) for i in range(8))
@@ -912,7 +913,7 @@ def test_a_dead_worker_leaves_one_parallel_object_working():
 @pytest.mark.breaks_pool
 def test_a_task_without_end_does_not_keep_workers_that_another_call_shares(tmp_path, leaves_nothing):
     """The aborted call cannot kill its workers, since the other one runs there: the last to leave does."""
-    backend, answers = HybridBackend("processes"), []
+    backend, answers, before = HybridBackend("processes"), [], own_processes()
 
     def call():
         answers.append(Parallel(n_jobs=2, backend=backend, batch_size=1)(delayed(hold)(tmp_path, i) for i in (0, 1)))
@@ -933,7 +934,7 @@ def test_a_task_without_end_does_not_keep_workers_that_another_call_shares(tmp_p
     mark(tmp_path, "go")
     thread.join(LONG)
     assert answers == [[0, 1]]
-    assert eventually(lambda: not own_processes())
+    assert eventually(lambda: set(own_processes()) <= set(before))
 
 
 # ---- gone before it is done
