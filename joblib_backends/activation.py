@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
-from .backend import make_default, make_named, registered_names
+from joblib import parallel as joblib_parallel
+
 from .config import Activation, activation_from_environment
 from .errors import ConfigurationError, HybridError
 from .report import announce
@@ -41,7 +43,7 @@ def activate(activation: Activation | None = None) -> None:
     """
     selected = activation_from_environment() if activation is None else activation
     if selected is not None:
-        make_default(_NAME, _Factory(selected), like=selected.backend)
+        _make_default(_NAME, _Factory(selected), like=selected.backend)
 
 
 class _Factory:
@@ -71,11 +73,11 @@ class _Factory:
 
     def _make(self, nesting_level: int | None) -> Any:
         name = self._activation.backend
-        known = [registered for registered in registered_names() if registered != _NAME]
+        known = [registered for registered in _registered_names() if registered != _NAME]
         if name not in known:
             raise ConfigurationError.not_one_of("The environment variable JOBLIB_BACKEND", name, known)
         try:
-            return make_named(name, nesting_level)
+            return _make_named(name, nesting_level)
         except HybridError:
             raise
         except Exception as error:
@@ -94,3 +96,35 @@ class _Factory:
                 f"JOBLIB_BACKEND={self._activation.backend} from the environment is the default backend of this "
                 "process (JOBLIB_BACKEND_QUIET=1 hides this line)."
             )
+
+
+def _registered_names() -> list[str]:
+    """Return the names of the backends that joblib knows or can load."""
+    return sorted({*joblib_parallel.BACKENDS, *joblib_parallel.EXTERNAL_BACKENDS})
+
+
+def _make_named(name: str, nesting_level: int | None) -> Any:
+    """Return a new backend that joblib knows by ``name``; KeyError if it knows none."""
+    if name not in joblib_parallel.BACKENDS:
+        joblib_parallel.EXTERNAL_BACKENDS[name]()
+    if name in joblib_parallel.EXTERNAL_BACKENDS:
+        # joblib's dask backend takes nesting_level for a keyword of Client.submit (joblib 1.6, _dask.py:165).
+        backend = joblib_parallel.BACKENDS[name]()
+        backend.nesting_level = nesting_level
+        return backend
+    return joblib_parallel.BACKENDS[name](nesting_level=nesting_level)
+
+
+def _make_default(name: str, factory: Callable[..., Any], *, like: str) -> None:
+    """Register ``factory`` and make it what joblib takes where the code names no backend.
+
+    joblib's hints replace the default by two further defaults, so all three names change;
+    ``register_parallel_backend(make_default=True)`` sets only the first. The one for threads serves
+    require="sharedmem" and stays what it is if the backend that the factory makes, ``like``, has no shared memory:
+    joblib would fail.
+    """
+    joblib_parallel.register_parallel_backend(name, factory)
+    joblib_parallel.DEFAULT_BACKEND = name
+    joblib_parallel.DEFAULT_PROCESS_BACKEND = name
+    if getattr(joblib_parallel.BACKENDS.get(like), "supports_sharedmem", False):
+        joblib_parallel.DEFAULT_THREAD_BACKEND = name

@@ -347,38 +347,6 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
             return HybridBackend._process_context
 
 
-def registered_names() -> list[str]:
-    """Return the names of the backends that joblib knows or can load."""
-    return sorted({*joblib_parallel.BACKENDS, *joblib_parallel.EXTERNAL_BACKENDS})
-
-
-def make_named(name: str, nesting_level: int | None) -> Any:
-    """Return a new backend that joblib knows by ``name``; KeyError if it knows none."""
-    if name not in joblib_parallel.BACKENDS:
-        joblib_parallel.EXTERNAL_BACKENDS[name]()
-    if name in joblib_parallel.EXTERNAL_BACKENDS:
-        # joblib's dask backend takes nesting_level for a keyword of Client.submit (joblib 1.6, _dask.py:165).
-        backend = joblib_parallel.BACKENDS[name]()
-        backend.nesting_level = nesting_level
-        return backend
-    return joblib_parallel.BACKENDS[name](nesting_level=nesting_level)
-
-
-def make_default(name: str, factory: Callable[..., Any], *, like: str) -> None:
-    """Register ``factory`` and make it what joblib takes where the code names no backend.
-
-    joblib's hints replace the default by two further defaults, so all three names change;
-    ``register_parallel_backend(make_default=True)`` sets only the first. The one for threads serves
-    require="sharedmem" and stays what it is if the backend that the factory makes, ``like``, has no shared memory:
-    joblib would fail.
-    """
-    joblib_parallel.register_parallel_backend(name, factory)
-    joblib_parallel.DEFAULT_BACKEND = name
-    joblib_parallel.DEFAULT_PROCESS_BACKEND = name
-    if getattr(joblib_parallel.BACKENDS.get(like), "supports_sharedmem", False):
-        joblib_parallel.DEFAULT_THREAD_BACKEND = name
-
-
 def _route(facts: Facts, function: Callable[[], Any]) -> Plan:
     """Return the plan of a batch. Reading the tasks costs some 50 µs, so it is done where it can decide."""
     plan = choose_tier(facts)

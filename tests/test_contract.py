@@ -45,6 +45,13 @@ FORMS = ["list", "generator", "generator_unordered"]
 _warm_workers = []
 
 
+def parallel_pool():
+    """Return the pool of calls without an initializer, used by no call of this function's."""
+    call = load_tier("processes")(Config(), 2)
+    call.close()
+    return call.warm
+
+
 @pytest.fixture(autouse=True)
 def _keep_workers_warm(request):
     """Hold the pool from test to test, which starts it once; not where a test looks at its beginning or end."""
@@ -52,8 +59,7 @@ def _keep_workers_warm(request):
     if looks or "initializer" in request.node.name or "end" in request.node.name:
         _warm_workers.clear()
     elif not _warm_workers and "processes" in request.node.name:
-        _warm_workers.append(load_tier("processes")(Config(), 2).warm)
-        _warm_workers[0]._calls.clear()
+        _warm_workers.append(parallel_pool())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -896,7 +902,7 @@ def test_workers_that_die_between_two_calls_are_replaced():
         for victim in pids:
             os.kill(victim, signal.SIGKILL)
         # loky sees their end in its own time, which a call may share.
-        pool = load_tier("processes")(Config(), 2)._pool
+        pool = parallel_pool()
         assert eventually(lambda: pool._executor._flags.broken)
         assert pids.isdisjoint(Parallel(batch_size=1)(delayed(pid)() for _ in range(6)))
 
