@@ -26,6 +26,7 @@ from .config import Config, max_cpu_count_variable, thread_kinds_fixed
 __all__ = [
     "available_cores",
     "cores_per_task",
+    "explicit_limits",
     "is_daemonic",
     "keep_limits",
     "keep_thread_limits",
@@ -72,6 +73,12 @@ def is_daemonic() -> bool:
     return bool(multiprocessing.current_process().daemon)
 
 
+def explicit_limits(config: Config) -> dict[str, int]:
+    """Return the threads per library kind that ``inner_max_num_threads`` asks for, nothing if it is not given."""
+    n_threads = config.inner_max_num_threads
+    return {} if n_threads is None else {"openmp": n_threads, "blas": n_threads}
+
+
 def thread_limits(config: Config, n_jobs: int) -> dict[str, int]:
     """Return the threads that a task may use per library kind ("openmp", "blas").
 
@@ -79,7 +86,7 @@ def thread_limits(config: Config, n_jobs: int) -> dict[str, int]:
     variable is left alone, and every other gets the task's share of the cores.
     """
     if config.inner_max_num_threads is not None:
-        return {"openmp": config.inner_max_num_threads, "blas": config.inner_max_num_threads}
+        return explicit_limits(config)
     share = cores_per_task(available_cores(config), n_jobs)
     return {kind: share for kind in ("openmp", "blas") if kind not in thread_kinds_fixed()}
 

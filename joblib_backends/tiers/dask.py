@@ -32,6 +32,7 @@ import distributed
 import numpy as np
 from dask.base import is_dask_collection
 
+from ..budget import explicit_limits
 from ..config import Config
 from ..data.codec import Payload, RemoteReference
 from ..data.store import Resident, map_buffer
@@ -77,8 +78,7 @@ class DaskTier(Tier):
     @classmethod
     def task_limits(cls, config: Config, n_jobs: int) -> dict[str, int]:
         """Return only what was asked for: the cores are the workers', and Dask has set their threads to one."""
-        n_threads = config.inner_max_num_threads
-        return {} if n_threads is None else {"openmp": n_threads, "blas": n_threads}
+        return explicit_limits(config)
 
     def __init__(self, config: Config, n_jobs: int) -> None:
         self._connection = _Connection.get(config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from concurrent.futures import Future
 
-from ..budget import limited
+from ..budget import explicit_limits, limited
 from ..config import Config
 from ..worker import Outcome, run_here
 from .base import Tier, Work
@@ -32,8 +32,7 @@ class InlineTier(Tier):
     @classmethod
     def task_limits(cls, config: Config, n_jobs: int) -> dict[str, int]:
         """Return only what was asked for: a plain loop has all cores for each task."""
-        n_threads = config.inner_max_num_threads
-        return {} if n_threads is None else {"openmp": n_threads, "blas": n_threads}
+        return explicit_limits(config)
 
     def __init__(self, config: Config, n_jobs: int) -> None:
         self._initializer = functools.partial(config.initializer, *config.initargs) if config.initializer else None
