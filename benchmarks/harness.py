@@ -1,9 +1,9 @@
-"""Time one workload on joblib's backends and on every tier of ours, each run in a fresh process.
+"""Time one workload on the rows of a suite, each measurement in a fresh process.
 
 Who runs where: the parent (``benchmarks/run.py``) starts one child per measurement, row after row and round
-after round, so that a slow minute of the machine hits every row alike. The child (this file run as a script)
-builds the data, enters the row's backend, runs the workload, and writes one JSON object as the last line of
-its standard output.
+after round, so that a slow minute of the machine hits every row alike; each round starts at another row, so that
+none always follows the same one. The child (this file run as a script) builds the data, enters the row's backend,
+runs the workload, and writes one JSON object as the last line of its standard output.
 
 What is timed: *cold* is entering the backend (a Dask cluster included) and the first call; *warm* is the
 median of the calls after it. Building the data and importing libraries is not timed. In the table, each is
@@ -13,7 +13,6 @@ the median over the rounds. Every answer is compared with the plain loop's, thro
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -21,113 +20,49 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import IO, Any
 
+from rows import PLAIN
+from suites import SUITES, Suite, Timed
+
 HERE = Path(__file__).resolve().parent
 
 #: Seconds after which a child counts as hung.
-CHILD_TIMEOUT_S = 600
+CHILD_TIMEOUT_S = 240
 
-#: Numerical libraries get one thread in every row, or oversubscription is what is measured.
-PINNED = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+#: What of a report is kept; a name that this version's report does not have is left out.
+REPORTED = (
+    "function", "tier", "reason", "n_jobs", "tasks", "batches", "seconds", "predicted_seconds", "planning_seconds",
+    "nbytes_moved", "nbytes_saved",
+)  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Goal:
-    """``row`` is at least ``times`` as fast as ``than``; a workload states what it is meant to show."""
-
-    row: str
-    than: str
-    times: float = 1.0
-    when: str = "warm"
-
-    def __str__(self) -> str:
-        return f"{self.row} at least {self.times:g} times as fast as {self.than} ({self.when})"
-
-    def is_met(self, results: dict[str, Result]) -> bool | None:
-        """Return whether ``results`` meet the goal, or None when a row is missing or failed."""
-        pair = [results.get(name) for name in (self.row, self.than)]
-        if any(result is None or result.error for result in pair):
-            return None
-        ours, theirs = (getattr(result, self.when) for result in pair)
-        return bool(ours * self.times <= theirs)
-
-
-@dataclass(frozen=True)
-class NothingMoved:
-    """The calls of ``row`` after the first move no bytes, by the backend's own report."""
-
-    row: str
-
-    def __str__(self) -> str:
-        return f"{self.row} moves nothing from its second call on"
-
-    def is_met(self, results: dict[str, Result]) -> bool | None:
-        """Return whether ``results`` meet the goal, or None when the row is missing or failed."""
-        result = results.get(self.row)
-        if result is None or result.error or len(result.reports) < 2:
-            return None
-        return all(report["nbytes_moved"] == 0 for report in result.reports[1:])
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is run on each row.
-
-    Parameters
-    ----------
-    name : str
-        Name on the command line and in the files.
-    question : str
-        What the numbers decide.
-    run : callable
-        Called with what ``setup`` returned, under the row's backend; uses it through ``joblib.Parallel``
-        and returns an answer that does not depend on where it ran.
-    plain : callable
-        The same without joblib, for the same answer.
-    setup : callable
-        Called with the name of the row; builds the data. Not timed.
-    repeats : int
-        Warm calls in each process.
-    tasks : callable
-        Tasks in one call on a row, when the table is to show seconds per task instead of per call.
-    rows : tuple of str or None
-        Rows that take part; None is all of ``STANDARD_ROWS``.
-    goals : tuple
-        What is meant to hold.
-    """
-
-    name: str
-    question: str
-    run: Callable[[Any], Any]
-    plain: Callable[[Any], Any]
-    setup: Callable[[str], Any] = str
-    repeats: int = 5
-    tasks: Callable[[str], int] | None = None
-    rows: tuple[str, ...] | None = None
-    goals: tuple[Goal | NothingMoved, ...] = ()
-
-    @property
-    def unit(self) -> str:
-        """Return what one number in the table is the time of."""
-        return "task" if self.tasks else "call"
+#: Variables that fix the threads of numerical libraries.
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Result:
-    """The measurements of one row, over all rounds."""
+    """The measurements of one row, over all rounds.
+
+    ``error`` says why there are none, or why they do not count; ``is_wrong`` that the answers were not the plain
+    loop's.
+    """
 
     cold: float = 0.0
     warm: float = 0.0
     cold_each: tuple[float, ...] = ()
     warm_each: tuple[float, ...] = ()
-    digests: frozenset[str] = frozenset()
+    digests: tuple[str, ...] = ()
     reports: tuple[dict[str, Any], ...] = ()
     error: str = ""
+    is_wrong: bool = False
 
 
 @dataclass
@@ -158,101 +93,71 @@ class Measurements:
             median(self.warm),
             tuple(self.cold),
             tuple(self.warm),
-            frozenset(self.digests),
+            tuple(sorted(self.digests)),
             tuple(self.reports),
         )
-
-
-# Rows: one context manager each, that makes a backend the active one. -------------------------------------
-
-
-@contextlib.contextmanager
-def _joblib(backend: str, n_jobs: int = 2) -> Iterator[None]:
-    from joblib import parallel_config
-
-    with parallel_config(backend, n_jobs=n_jobs):
-        yield
-
-
-@contextlib.contextmanager
-def _cluster() -> Iterator[Any]:
-    """Yield the client of a local cluster of two workers with one thread each."""
-    from distributed import Client, LocalCluster
-
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
-
-
-@contextlib.contextmanager
-def _joblib_dask() -> Iterator[None]:
-    with _cluster(), _joblib("dask"):
-        yield
-
-
-@contextlib.contextmanager
-def _hybrid(tier: str) -> Iterator[None]:
-    from joblib import parallel_config
-
-    with contextlib.ExitStack() as stack:
-        options = {"client": stack.enter_context(_cluster())} if tier == "dask" else {}
-        stack.enter_context(parallel_config("hybrid", n_jobs=2, tier=tier, **options))
-        yield
-
-
-PLAIN = "plain loop"
-TIERS = ("auto", "inline", "threads", "processes", "dask")
-
-#: name -> the context in which the workload runs. "client.submit" is for workloads that ask for it.
-ROWS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
-    PLAIN: contextlib.nullcontext,
-    "sequential": lambda: _joblib("sequential", n_jobs=1),
-    "loky": lambda: _joblib("loky"),
-    "threading": lambda: _joblib("threading"),
-    "dask": _joblib_dask,
-    "client.submit": _cluster,
-    **{f"hybrid {tier}": lambda tier=tier: _hybrid(tier) for tier in TIERS},  # type: ignore[misc]
-}
-PEERS = ("loky", "threading", "dask")
-STANDARD_ROWS = (PLAIN, *PEERS, *(f"hybrid {tier}" for tier in TIERS))
 
 
 # The parent's side. ---------------------------------------------------------------------------------------
 
 
 def measure(
-    workload: Workload, rows: Sequence[str], rounds: int, progress: Callable[[str], None] = lambda text: None
+    suite: Suite,
+    workload: Timed,
+    rows: Sequence[str],
+    rounds: int,
+    profile: str = "fresh",
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Result]:
-    """Run ``workload`` on each of ``rows`` in turn, ``rounds`` times, each in its own process."""
+    """Run ``workload`` on each of ``rows`` in turn, ``rounds`` times, each in its own process.
+
+    ``profile`` says whether what one process has learned and kept in the user's cache folder is there for the next
+    one of the same workload ("kept") or whether every process starts with an empty folder ("fresh").
+    """
     gathered = {row: Measurements() for row in rows}
-    for turn in range(rounds):
-        for row, measurements in gathered.items():
-            if not measurements.error:
-                progress(f"{workload.name}: round {turn + 1} of {rounds}, {row}")
-                measurements.add(_run_child(workload.name, row))
+    with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as kept:
+        for turn in range(rounds):
+            for row in _rotated(rows, turn):
+                if not gathered[row].error:
+                    progress(f"{workload.name}: round {turn + 1} of {rounds}, {row}")
+                    with _cache_folder(profile, kept) as cache:
+                        gathered[row].add(_run_child(suite, workload, row, cache))
     results = {row: measurements.result() for row, measurements in gathered.items()}
     return {row: _checked(result, results.get(PLAIN)) for row, result in results.items()}
 
 
+def _rotated(rows: Sequence[str], by: int) -> list[str]:
+    by %= max(len(rows), 1)
+    return [*rows[by:], *rows[:by]]
+
+
+@contextlib.contextmanager
+def _cache_folder(profile: str, kept: str) -> Iterator[str]:
+    if profile == "kept":
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="benchmark-cache-", ignore_cleanup_errors=True) as fresh:
+        yield fresh
+
+
 def _checked(result: Result, plain: Result | None) -> Result:
-    """Return ``result``, marked as failed if its answers are not the plain loop's."""
+    """Return ``result``, marked as wrong if its answers are not the plain loop's."""
     if result.error or plain is None or plain.error or result.digests == plain.digests:
         return result
-    return dataclasses.replace(result, error="the answer differs from the plain loop's")
+    return replace(result, error="the answer differs from the plain loop's", is_wrong=True)
 
 
-def _run_child(workload: str, row: str) -> dict[str, Any]:
-    command = [sys.executable, str(HERE / "harness.py"), workload, row]
-    # Workers of every kind must be able to import the tasks.
-    environment = {name: text for name, text in os.environ.items() if not name.startswith("JOBLIB_")}
-    environment |= PINNED
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (HERE, HERE.parent)))
+def _run_child(suite: Suite, workload: Timed, row: str, cache: str) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "harness.py"), suite.name, suite.modules()[workload.name], workload.name, row]
     # Files, not pipes: a worker that outlives the child would keep a pipe open, and us waiting for its end.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            command,
+            env=_environment(suite, cache),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
         )
         try:
             child.wait(CHILD_TIMEOUT_S)
@@ -265,6 +170,19 @@ def _run_child(workload: str, row: str) -> dict[str, Any]:
         return {"error": f"exit code {child.returncode}: {(reasons or ['no output'])[-1]}"}
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
+
+
+def _environment(suite: Suite, cache: str) -> dict[str, str]:
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("JOBLIB_")}
+    for name in THREAD_VARIABLES:
+        environment.pop(name, None)
+    if suite.is_pinned:
+        environment |= dict.fromkeys(THREAD_VARIABLES, "1")
+    environment["XDG_CACHE_HOME"] = cache
+    environment["PYTHONWARNINGS"] = "ignore"
+    # Workers of every kind must be able to import the tasks.
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (HERE, HERE.parent)))
+    return environment
 
 
 def _end_session(child: subprocess.Popen[bytes]) -> None:
@@ -282,29 +200,28 @@ def _lines(stream: IO[str]) -> list[str]:
 # The child's side. ----------------------------------------------------------------------------------------
 
 
-def _child(workload_name: str, row: str) -> dict[str, Any]:
+def _child(suite: Suite, workload: Timed, row: str) -> dict[str, Any]:
     import joblib
-    from workloads import WORKLOADS
 
-    workload: Workload = WORKLOADS[workload_name]
     last_report = _report_of_hybrid() if row.startswith("hybrid") else None
     if "dask" in row or row == "client.submit":
         import distributed  # noqa: F401
-    state = workload.setup(row)
-    run = workload.plain if row == PLAIN else workload.run
-    calls = workload.tasks(row) if workload.tasks else 1
+    run = workload.prepare(row)
+    units = workload.units(row)
 
-    seconds, digests, reports = [], [], []
+    seconds: list[float] = []
+    digests, reports = set(), []
     start = perf_counter()
-    with ROWS[row]():
-        for _ in range(1 + workload.repeats):
-            answer = run(state)
-            seconds.append((perf_counter() - start) / calls)
-            digests.append(joblib.hash(answer))
+    with suite.rows[row]():
+        while len(seconds) < 1 + workload.repeats and not suite.has_enough(seconds[1:]):
+            answer = run()
+            seconds.append((perf_counter() - start) / units)
+            digests.add(joblib.hash(answer))
             if last_report:
                 reports.append(_as_dict(last_report()))
+            del answer
             start = perf_counter()
-    return {"cold": seconds[0], "warm": seconds[1:], "digests": digests, "reports": reports}
+    return {"cold": seconds[0], "warm": seconds[1:], "digests": sorted(digests), "reports": reports}
 
 
 def _report_of_hybrid() -> Callable[[], Any]:
@@ -314,19 +231,10 @@ def _report_of_hybrid() -> Callable[[], Any]:
 
 
 def _as_dict(report: Any) -> dict[str, Any]:
-    names = (
-        "function",
-        "tier",
-        "reason",
-        "n_jobs",
-        "tasks",
-        "batches",
-        "seconds",
-        "nbytes_moved",
-        "nbytes_saved",
-    )
-    return {name: getattr(report, name) for name in names}
+    return {name: getattr(report, name) for name in REPORTED if hasattr(report, name)}
 
 
 if __name__ == "__main__":
-    print(json.dumps(_child(*sys.argv[1:3]), default=str), flush=True)
+    chosen = SUITES[sys.argv[1]]
+    work = chosen.workload(name=sys.argv[3], theme=sys.argv[2])
+    print(json.dumps(_child(chosen, work, sys.argv[4]), default=str), flush=True)
