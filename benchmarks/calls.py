@@ -48,7 +48,7 @@ class NothingMoved:
         result = results.get(self.row)
         if result is None or result.error or len(result.reports) < 2:
             return None
-        return all(report["nbytes_moved"] == 0 for report in result.reports[1:])
+        return all(report.get("nbytes_moved") == 0 for report in result.reports[1:])
 
 
 @dataclass(frozen=True)

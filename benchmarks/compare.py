@@ -114,10 +114,11 @@ def _worst(rows: list[Row], when: str, limit: float) -> Verdict:
 
 def _mean(rows: list[Row], than: str, when: str, limit: float, ratio: Callable[[Row], float | None]) -> Verdict:
     found = worst(rows, ratio)
-    where = f"worst {found[0]:.2f}, {found[1]}" if found else ""
-    missing = sum(ratio(row) is None for row in rows)
-    where += f"; {missing} of {len(rows)} workloads have no ratio" if missing else ""
-    return Verdict(f"geometric mean hybrid / {than}, {when}", limit, geometric_mean(map(ratio, rows)), where)
+    where = [f"worst {found[0]:.2f}, {found[1]}"] if found else []
+    if missing := sum(ratio(row) is None for row in rows):
+        where.append(f"{missing} of {len(rows)} workloads have no ratio")
+    mean = geometric_mean(map(ratio, rows))
+    return Verdict(f"geometric mean hybrid / {than}, {when}", limit, mean, "; ".join(where))
 
 
 def _planning_cost(rows: list[Row]) -> tuple[float, str] | None:

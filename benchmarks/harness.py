@@ -26,6 +26,7 @@ from statistics import median
 from time import perf_counter
 from typing import IO, Any
 
+from reports import Reports
 from rows import PLAIN
 from suites import SUITES, Suite, Timed
 
@@ -33,12 +34,6 @@ HERE = Path(__file__).resolve().parent
 
 #: Seconds after which a child counts as hung.
 CHILD_TIMEOUT_S = 240
-
-#: What of a report is kept; a name that this version's report does not have is left out.
-REPORTED = (
-    "function", "tier", "reason", "n_jobs", "tasks", "batches", "seconds", "predicted_seconds", "planning_seconds",
-    "nbytes_moved", "nbytes_saved",
-)  # fmt: skip
 
 #: Variables that fix the threads of numerical libraries.
 THREAD_VARIABLES = (
@@ -203,7 +198,7 @@ def _lines(stream: IO[str]) -> list[str]:
 def _child(suite: Suite, workload: Timed, row: str) -> dict[str, Any]:
     import joblib
 
-    last_report = _report_of_hybrid() if row.startswith("hybrid") else None
+    gathered = Reports() if row.startswith("hybrid") else None
     if "dask" in row or row == "client.submit":
         import distributed  # noqa: F401
     run = workload.prepare(row)
@@ -217,21 +212,11 @@ def _child(suite: Suite, workload: Timed, row: str) -> dict[str, Any]:
             answer = run()
             seconds.append((perf_counter() - start) / units)
             digests.add(joblib.hash(answer))
-            if last_report:
-                reports.append(_as_dict(last_report()))
+            if gathered:
+                reports.append(gathered.take())
             del answer
             start = perf_counter()
     return {"cold": seconds[0], "warm": seconds[1:], "digests": sorted(digests), "reports": reports}
-
-
-def _report_of_hybrid() -> Callable[[], Any]:
-    from joblib_backends import last_report
-
-    return last_report
-
-
-def _as_dict(report: Any) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in REPORTED if hasattr(report, name)}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from compare import COLD, WARM, Row, rows_of
 #: Colours that hold on white and on black; no background, and grey text that can be read on both.
 WARM_COLOUR, COLD_COLOUR, INK = "#e8590c", "#4c8fd6", "#808080"
 
+TICKS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 4, 8, 16, 32)
+
 
 def plot(document: dict[str, Any], path: Path) -> None:
     """Draw ``document`` into ``path``."""
@@ -23,7 +25,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "joblib_backends"  # the same document gives the same file
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     rows = sorted((row for row in rows_of(document) if row.against_best(WARM)), key=_warm_ratio, reverse=True)
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.32 * len(rows)))
@@ -40,8 +42,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
         )
     axes.axvline(1.0, color=INK, linewidth=1.2)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(TICKS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(rows)), [row.name + (" *" if row.is_small else "") for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("time of hybrid / time of the fastest peer (left of 1: hybrid is faster)", color=INK)

@@ -34,6 +34,7 @@ def auto_report(name: str, document: dict[str, Any]) -> str:
         "### Goals",
         goals_table(verdicts(document)),
         "### What hybrid chose",
+        "Of each run the longest `Parallel` call; seconds as predicted, by the last warm one, and as measured.",
         choices_table(rows),
         "### Rows that failed or answered differently" if failures else "",
         "\n".join(failures),
@@ -79,8 +80,8 @@ def goals_table(found: list[Verdict]) -> str:
 
 
 def choices_table(rows: list[Row]) -> str:
-    """Return, per workload, the tiers of the first and the last call, and the last plan beside what came of it."""
-    head = ("workload", "first call", "last call", "reason", "predicted", "measured")
+    """Return, per workload, the tiers of the first and the last run, and the last plan beside what came of it."""
+    head = ("workload", "cold", "warm", "reason (warm)", "predicted", "measured")
     return markdown_table(head, [line for row in rows if (line := _choice(row))], n_text_columns=4)
 
 

@@ -18,7 +18,7 @@ from .data import blobs, digits
 
 
 def _boosting(data: Any, n_jobs: int) -> Any:
-    return cross_val_score(HistGradientBoostingClassifier(max_iter=80, random_state=0), *data, cv=5, n_jobs=n_jobs)
+    return cross_val_score(HistGradientBoostingClassifier(max_iter=40, random_state=0), *data, cv=5, n_jobs=n_jobs)
 
 
 def _five_times(data: Any, n_jobs: int) -> Any:
