@@ -146,9 +146,17 @@ RULES = (
     Door("joblib's private names", ("backend.py",), private_joblib_names),
     # The demo is a user's program, a grid search; it imports scikit-learn in the function that runs it.
     Door("scikit-learn", ("sharing.py", "__main__.py"), imports_of("sklearn")),
-    Door("loky", ("tiers/processes.py",), imports_of("loky", "joblib.externals.loky")),
+    Door("loky", ("workers/process.py",), imports_of("loky", "joblib.externals.loky")),
+    Door(
+        "the inside of multiprocessing",
+        ("workers/process.py", "workers/server.py", "workers/forking.py", "workers/preparation.py"),
+        imports_of(
+            *(f"multiprocessing.{name}" for name in ("process", "util", "spawn", "resource_tracker", "forkserver"))
+        ),
+    ),
     Door("Dask", ("tiers/dask.py",), imports_of("dask", "distributed")),
-    Door("the environment", ("config.py",), environment_access),
+    # What a worker takes over from its parent is the environment itself, not what it says about us.
+    Door("the environment", ("config.py", "workers/preparation.py"), environment_access),
     Door("printing", ("report.py", "__main__.py"), printing),
 )
 

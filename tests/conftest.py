@@ -13,6 +13,7 @@ import pytest
 
 import joblib_backends
 from joblib_backends.data.store import default_store
+from joblib_backends.workers.pool import WorkerPool
 
 TIERS = ["inline", "threads", "processes", "dask", "fake"]
 
@@ -80,11 +81,12 @@ def own_threads():
 
 
 def own_processes():
-    """Return loky workers of ours and of joblib's; resource trackers stay until the interpreter ends."""
+    """Return our workers and servers, and joblib's workers; resource trackers stay until the interpreter ends."""
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "loky.backend.popen_loky" in " ".join(child.cmdline()):
+            command = " ".join(child.cmdline())
+            if "loky.backend.popen_loky" in command or "joblib_backends.workers.forking" in command:
                 found.append(child)
     return found
 
@@ -114,11 +116,16 @@ def eventually(condition, seconds=10):
 
 @pytest.fixture
 def leaves_nothing(request):
-    """Check that a test leaves no thread, worker, file in shared memory or descriptor behind."""
+    """Check that a test leaves no thread, worker, file in shared memory or descriptor behind.
+
+    The pool of workers outlives contexts on purpose: it is closed before and after.
+    """
+    WorkerPool.close_all()
     gc.collect()
     threads, workers = own_threads(), {p.pid for p in own_processes()}
     files, descriptors = set(resident_files()), psutil.Process().num_fds()
     yield
+    WorkerPool.close_all()
     assert eventually(lambda: own_threads() <= threads), own_threads() - threads
     assert eventually(lambda: {p.pid for p in own_processes()} <= workers), own_processes()
     assert eventually(lambda: set(resident_files()) <= files), set(resident_files()) - files
@@ -133,6 +140,7 @@ def _session_leaves_nothing():
     """Check the same for the whole suite, when every context is over."""
     yield
     joblib_backends.HybridBackend(nesting_level=0).close()
+    WorkerPool.close_all()
     gc.collect()
     assert eventually(lambda: not resident_files()), resident_files()
     assert eventually(lambda: not [t for t in own_threads() if "dask" not in t.name]), own_threads()

@@ -124,7 +124,7 @@ def test_each_door_is_open_in_its_own_file(tmp_path):
         tmp_path,
         {
             "backend": "from joblib import parallel\nparallel._backend",
-            "tiers/processes": "import loky",
+            "workers/process": "import loky\nfrom multiprocessing import process",
             "tiers/dask": "import dask, distributed\nfrom joblib import Parallel, __version__",
             "config": "import os\nos.environ",
             "report": "print('x')",

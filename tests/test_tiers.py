@@ -151,7 +151,7 @@ def test_a_tier_that_is_registered_again_is_replaced(monkeypatch):
     [
         ("inline", "<InlineTier inline>"),
         ("threads", "<ThreadsTier 0 batches on 0/2 threads>"),
-        ("processes", "<ProcessesTier 0 batches, n_jobs=2, <_Pool 0 workers, 1 calls>>"),
+        ("processes", "<ProcessesTier <PoolCall 0 batches, n_jobs=2, <WorkerPool 0 workers, 1 calls>>>"),
         ("fake", "<FakeTier fake>"),
     ],
 )

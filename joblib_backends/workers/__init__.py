@@ -1,0 +1,1 @@
+"""Worker processes of our own: started quickly, each on a socket of its own, shared by the calls of this process."""

@@ -1,0 +1,49 @@
+"""What a batch's future ends with: the result or error that a worker sent, or the loss of the worker."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Any
+
+from ..errors import RemoteTraceback, WorkerLostError
+from . import frames
+from .calls import Batch
+
+__all__ = ["Completions", "complete", "load", "lost"]
+
+#: Futures to complete when no lock is held any more: (future, result, error).
+Completions = list[tuple["Future[Any]", Any, "BaseException | None"]]
+
+
+def complete(completions: Completions) -> None:
+    """Complete the futures. Their callbacks run here, and may submit."""
+    for future, result, error in completions:
+        with suppress(InvalidStateError):
+            future.set_result(result) if error is None else future.set_exception(error)
+
+
+def load(kind: bytes, body: bytes | bytearray) -> tuple[Any, BaseException | None]:
+    """Return the result and the error that a frame brings."""
+    try:
+        loaded = pickle.loads(body)
+    except Exception as problem:
+        return None, problem
+    if kind != frames.ERROR:
+        return loaded, None
+    error, text = loaded
+    error.__cause__ = RemoteTraceback(text)
+    return None, error
+
+
+def lost(batches: list[Batch], how: str, cause: BaseException | None = None) -> Completions:
+    completions: Completions = []
+    for batch in batches:
+        error = WorkerLostError(
+            f"A worker process died while it ran a batch of {batch.name}: {how}. It was killed, ran out of memory, or "
+            "crashed in compiled code. Use fewer jobs if memory is short; the next call has new workers."
+        )
+        error.__cause__ = cause
+        completions.append((batch.future, None, error))
+    return completions
