@@ -13,8 +13,8 @@ from .data import blobs
 
 
 def _knn_data() -> Any:
-    data, labels = blobs(6_000, 8)
-    return KNeighborsClassifier(algorithm="kd_tree").fit(data[:4_500], labels[:4_500]), data[4_500:]
+    data, labels = blobs(12_000, 8)
+    return KNeighborsClassifier(algorithm="kd_tree").fit(data[:6_000], labels[:6_000]), data[6_000:]
 
 
 def _knn(state: Any, n_jobs: int) -> Any:
