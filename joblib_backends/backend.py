@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from joblib import parallel as joblib_parallel
-from joblib._parallel_backends import AutoBatchingMixin, FallbackToBackend, ParallelBackendBase, SequentialBackend
+from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend
 from joblib.disk import memstr_to_bytes
 
 from .budget import available_cores, cores_per_task, is_daemonic, resolve_n_jobs
@@ -32,10 +32,11 @@ from .config import Config
 from .data.scope import ResidentScope
 from .data.store import default_store
 from .errors import ConfigurationError
-from .planner import Facts, Plan, choose_tier
+from .pilot import Pilot
+from .planner import Facts, choose_tier
+from .profile import Profile
 from .report import record
 from .scheduler import BatchFuture, Call, Callback
-from .thread_safety import may_run_on_threads
 from .tiers import load_tier, tier_names
 
 __all__ = ["HybridBackend"]
@@ -79,7 +80,7 @@ class _Context:
 _inherited: Final[list[object]] = []
 
 
-class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
+class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
     """joblib backend that runs batches on threads, process workers or a Dask cluster.
 
     Parameters
@@ -217,7 +218,15 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         return local_instead or (self.nesting_level or 0) >= _CAPPED_LEVEL
 
     def _observe(self, config: Config, prefer: str | None = None, require: str | None = None) -> Facts:
-        return Facts(config.tier, prefer, require, _reason_for_cluster(config, self.nesting_level), is_daemonic())
+        return Facts(
+            config.tier,
+            prefer,
+            require,
+            _reason_for_cluster(config, self.nesting_level),
+            cluster_was_given=config.client is not None or config.scheduler is not None,
+            is_daemonic=is_daemonic(),
+            is_nested=bool(self.nesting_level),
+        )
 
     # ---- joblib configures, starts and ends
 
@@ -251,7 +260,6 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         bound._parallel_ref = weakref.ref(parallel)
         bound.parallel = weakref.proxy(parallel)
         bound.supports_retrieve_callback = parallel.return_as == "generator_unordered"
-        bound.reset_batch_stats()
         return bound
 
     def _options_of_call(self, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -285,13 +293,23 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
         # joblib keeps here what an aborted call of the same Parallel had not sent yet, and would send it with this one.
         self.parallel._ready_batches = queue.SimpleQueue()
         self._widen_pre_dispatch()
+        config, parallel = self._call_config, self.parallel
+        facts = dataclasses.replace(
+            self._facts,
+            caller_waits=parallel.return_as == "list",
+            n_jobs=self._workers,
+            cores=available_cores(config),
+        )
+        # What happens inside a task depends on what runs beside it: nothing is learned there.
+        profile = None if self.nesting_level else Profile.shared()
         self._call = Call(
-            self._call_config,
+            config,
             self._workers,
-            functools.partial(_route, self._facts),
+            Pilot(facts, config, profile, parallel.n_tasks),
             self._context.scope,
             self._context.warm,
-            return_as=self.parallel.return_as,
+            return_as=parallel.return_as,
+            more_to_come=functools.partial(_more_to_come, self._parallel_ref),
         )
 
     def _widen_pre_dispatch(self) -> None:
@@ -315,11 +333,14 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
             self._call.abort()
 
     def terminate(self) -> None:
-        """End what ``stop_call`` did not, and forget batch times; joblib may call it more than once."""
+        """End what ``stop_call`` did not; joblib may call it more than once."""
         self.stop_call()
-        self.reset_batch_stats()
 
     # ---- joblib submits and retrieves
+
+    def compute_batch_size(self) -> int:
+        """Return how many tasks the next batches are to hold, with ``batch_size="auto"``."""
+        return 1 if self._call is None else self._call.batch_size()
 
     def submit(self, func: Callable[[], Any], callback: Callback | None = None) -> BatchFuture:
         """Start a batch. Called from the user's thread, and from the completion thread by joblib's callback."""
@@ -347,13 +368,15 @@ class HybridBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[mis
             return HybridBackend._process_context
 
 
-def _route(facts: Facts, function: Callable[[], Any]) -> Plan:
-    """Return the plan of a batch. Reading the tasks costs some 50 µs, so it is done where it can decide."""
-    plan = choose_tier(facts)
-    if plan.tier != "processes" or facts.tier != "auto" or facts.prefer is not None:
-        return plan
-    trusted = may_run_on_threads(getattr(function, "items", None) or [(function, (), {})])
-    return choose_tier(dataclasses.replace(facts, trusted_on_threads=trusted))
+def _more_to_come(parallel_ref: Callable[[], Any], caller_came: bool) -> bool:
+    """Return whether the user's generator may still yield tasks.
+
+    joblib learns it when it asks for more than there is. Before it does, it has taken fewer than it wanted to at first.
+    """
+    parallel = parallel_ref()
+    if parallel is None or parallel._original_iterator is None:
+        return parallel is not None and not caller_came
+    return not caller_came or bool(parallel.n_dispatched_tasks >= parallel._pre_dispatch_amount)
 
 
 def _call_back(parallel: Any, callback: Callback, future: BatchFuture) -> None:
@@ -387,7 +410,7 @@ def _nested_backend(config: Config, nesting_level: int | None, context: _Context
     """Return a backend for calls inside tasks; called in the parent for each call, and where tasks run."""
     backend: HybridBackend = object.__new__(HybridBackend)
     # Not by __init__, which reads the environment: 100 µs of a warm call.
-    AutoBatchingMixin.__init__(backend, nesting_level=nesting_level)
+    ParallelBackendBase.__init__(backend, nesting_level=nesting_level)
     backend.config = config
     backend._given = frozenset()
     backend._context = context or HybridBackend._context_of_process()

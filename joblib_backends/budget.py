@@ -1,8 +1,9 @@
 """How many cores a task may use, and the BLAS and OpenMP limits that keep it to them.
 
-Limits travel with a batch and are applied where it runs, because changing the environment of an executor
-respawns its workers (measured: 330-460 ms a call). An OpenMP limit holds for the thread that sets it, a
-BLAS limit for the whole process (threadpoolctl#205), so the two are set in different places.
+A batch's share is decided when it starts (:func:`cores_for_batch`), travels with it and is applied where it runs,
+because changing the environment of an executor respawns its workers (measured: 330-460 ms a call). An OpenMP limit
+holds for the thread that sets it, a BLAS limit for the whole process (threadpoolctl#205), so the two are set in
+different places. Nested calls find the share of the task they are in through :func:`available_cores`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, NamedTuple
 
 import joblib
 import threadpoolctl
@@ -24,7 +25,9 @@ from threadpoolctl import ThreadpoolController
 from .config import Config, max_cpu_count_variable, thread_kinds_fixed
 
 __all__ = [
+    "Share",
     "available_cores",
+    "cores_for_batch",
     "cores_per_task",
     "explicit_limits",
     "is_daemonic",
@@ -33,15 +36,30 @@ __all__ = [
     "limited",
     "process_wide_limit",
     "resolve_n_jobs",
-    "thread_limits",
+    "share_of",
+    "using",
 ]
+
+#: A task that has no more than this part of its time left does not count as a neighbour of one that starts now.
+_NEARLY_DONE: Final = 0.2
+
+
+class Share(NamedTuple):
+    """What a batch may use where it runs."""
+
+    #: Cores for nested calls; None leaves them all that the place has.
+    cores: int | None
+    #: Threads per library kind ("openmp", "blas"); a kind that is missing is not limited.
+    limits: dict[str, int]
 
 
 def available_cores(config: Config) -> int:
-    """Return the cores that ``config`` may use: a nested share, or joblib's count for this machine.
+    """Return the cores that ``config`` may use: the share of the task that asks, or joblib's count for this machine.
 
     :func:`joblib.cpu_count` respects affinity, cgroup quotas and ``LOKY_MAX_CPU_COUNT``.
     """
+    if _current.cores is not None:
+        return _current.cores
     if config.cores is not None:
         return config.cores
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
@@ -79,16 +97,60 @@ def explicit_limits(config: Config) -> dict[str, int]:
     return {} if n_threads is None else {"openmp": n_threads, "blas": n_threads}
 
 
-def thread_limits(config: Config, n_jobs: int) -> dict[str, int]:
-    """Return the threads that a task may use per library kind ("openmp", "blas").
+def share_of(config: Config, cores: int) -> Share:
+    """Return the share of a batch that has ``cores`` for itself.
 
     An explicit ``inner_max_num_threads`` wins. Otherwise a kind that the user has fixed by an environment
-    variable is left alone, and every other gets the task's share of the cores.
+    variable is left alone, and every other gets the cores.
     """
     if config.inner_max_num_threads is not None:
-        return explicit_limits(config)
-    share = cores_per_task(available_cores(config), n_jobs)
-    return {kind: share for kind in ("openmp", "blas") if kind not in thread_kinds_fixed()}
+        return Share(cores, explicit_limits(config))
+    return Share(cores, {kind: cores for kind in ("openmp", "blas") if kind not in thread_kinds_fixed()})
+
+
+def cores_for_batch(cores: int, n_jobs: int, left: Iterable[float], n_waiting: int, *, more_to_come: bool) -> int:
+    """Return how many of ``cores`` a batch that starts now may use.
+
+    Parameters
+    ----------
+    cores : int
+        Cores of the place.
+    n_jobs : int
+        Batches that may run at once.
+    left : iterable of float
+        For each batch that runs already, the part of its expected time that it still has to run, 1 if unknown.
+    n_waiting : int
+        Batches that wait for their turn.
+    more_to_come : bool
+        Whether further batches may be submitted.
+
+    Returns
+    -------
+    int
+        At least 1: five folds on 64 cores get twelve each, and the last of three folds on two cores gets both.
+    """
+    neighbours = sum(part > _NEARLY_DONE for part in left) + n_waiting
+    together = n_jobs if more_to_come else min(n_jobs, 1 + neighbours)
+    return cores_per_task(cores, together)
+
+
+class _Current(threading.local):
+    """The cores of the task that runs in this thread."""
+
+    cores: int | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def using(cores: int | None) -> Iterator[None]:
+    """Give nested calls of this thread ``cores`` inside the block."""
+    outer, _current.cores = _current.cores, cores
+    try:
+        yield
+    finally:
+        _current.cores = outer
 
 
 class _Libraries:
@@ -150,30 +212,39 @@ class ProcessWideLimit:
     """
 
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _asked: list[int] = field(default_factory=list)
+    _asked: dict[int, int] = field(default_factory=dict)
     _outer: Any = None
 
     @contextmanager
     def applied(self, limits: Mapping[str, int]) -> Iterator[None]:
         """Keep this process to ``limits["blas"]`` inside the block."""
-        n_threads = limits.get("blas")
-        if n_threads is None:
-            yield
-            return
-        self._enter(n_threads)
+        asker = object()
+        self.ask(asker, limits)
         try:
             yield
         finally:
-            self._leave(n_threads)
+            self.withdraw(asker)
 
-    def _enter(self, n_threads: int) -> None:
-        with self._lock:
-            self._asked.append(n_threads)
-            self._apply()
+    def ask(self, asker: object, limits: Mapping[str, int]) -> None:
+        """Keep this process to ``limits["blas"]`` until ``asker`` asks for another limit or withdraws."""
+        n_threads = limits.get("blas")
+        if self._asked.get(id(asker)) != n_threads:
+            with self._lock:
+                self._set(id(asker), n_threads)
 
-    def _leave(self, n_threads: int) -> None:
-        with self._lock:
-            self._asked.remove(n_threads)
+    def withdraw(self, asker: object) -> None:
+        """Forget what ``asker`` asked for; nothing if it did not."""
+        if id(asker) in self._asked:
+            with self._lock:
+                self._set(id(asker), None)
+
+    def _set(self, asker: int, n_threads: int | None) -> None:
+        before = min(self._asked.values(), default=None)
+        if n_threads is None:
+            self._asked.pop(asker, None)
+        else:
+            self._asked[asker] = n_threads
+        if min(self._asked.values(), default=None) != before:
             self._apply()
 
     def _apply(self) -> None:
@@ -190,7 +261,7 @@ class ProcessWideLimit:
             self._outer.restore_original_limits()
             self._outer = None
         if self._asked:
-            self._outer = _Libraries.limit({"blas": min(self._asked)})
+            self._outer = _Libraries.limit({"blas": min(self._asked.values())})
 
 
 def _let_any_thread_limit_blas() -> None:

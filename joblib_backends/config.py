@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from .errors import ConfigurationError
@@ -18,6 +20,7 @@ __all__ = [
     "Activation",
     "Config",
     "activation_from_environment",
+    "profile_path",
     "select_backend",
     "thread_kinds_fixed",
     "variables_set",
@@ -140,6 +143,31 @@ def temp_folder_from_environment() -> str | None:
     return os.environ.get("JOBLIB_TEMP_FOLDER") or None
 
 
+def profile_path() -> Path | None:
+    """Return the file in which the planner keeps what it learned, or None if ``JOBLIB_BACKEND_PROFILE`` is "off".
+
+    The variable may hold a path. Otherwise it is the user's cache folder, as each system has it.
+    """
+    setting = os.environ.get(f"{PREFIX}_PROFILE", "").strip()
+    if setting.lower() in {"off", "0", "no", "false"}:
+        return None
+    if setting:
+        return Path(setting)
+    try:
+        return _cache_folder() / "joblib_backends" / "profile-1.json"
+    except RuntimeError:  # no home folder
+        return None
+
+
+def _cache_folder() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+
+
 def _whole_number(text: str) -> int:
     return int(text)
 
@@ -152,7 +180,7 @@ _READERS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "wait_for_workers": (float, "a number of seconds"),
     "idle_worker_timeout": (float, "a number of seconds"),
 }
-_NOT_PARAMETERS: Final = frozenset({"N_JOBS", "QUIET"})
+_NOT_PARAMETERS: Final = frozenset({"N_JOBS", "PROFILE", "QUIET"})
 _CALL_FIELDS: Final = frozenset({"cores"})
 
 

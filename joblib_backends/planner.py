@@ -1,39 +1,71 @@
-"""Which tier a batch runs on, and why: facts in, decision and reason out. No clock, no I/O, no process.
+"""Which tier the batches of a call run on, and why: facts and observations in, decision and reason out.
 
-In this version ``auto`` is a fixed rule; a cost model takes the place of :func:`choose_tier` and nothing else.
+No clock, no I/O, no process: every number comes in as an argument. First what is *allowed* (:func:`choose_tier`,
+:func:`allowed_tiers`), then what is *cheapest* (:class:`CallPlanner`).
+
+The cost of finishing a call on a tier, in seconds::
+
+    what is left x max(task there / slots, one task if fewer are left)      the work
+    + batches left x cost of handing one over                               dispatch
+    + bytes to place                                                        data, processes only
+    + what it costs to get going there                                      call
+
+``task there`` is measured, in this call or an earlier one of the same kind; only for a tier that was never tried it is
+derived from the time of a task that runs alone. Workers that are not there yet cost no time while others work, so they
+are started as soon as what is left would outlast their start, and used when they are there.
+
+How much is left is known if the call has a length or the kind of task was seen before. If not, as much again as was
+done: whoever waits at most as long as it has worked pays at most twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
-__all__ = ["Facts", "Plan", "choose_tier"]
+from .experience import BatchSeen, Experience, TierSeen, solo_seconds
+
+__all__ = ["CallPlanner", "Facts", "Plan", "Progress", "Readiness", "allowed_tiers", "choose_tier"]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rule may know about a batch and where it is.
+    """What is known of a call before it runs.
 
     Parameters
     ----------
     tier : str
-        What the user asked for; "auto" leaves it to the rule.
+        What the user asked for; "auto" leaves it to the planner.
     prefer, require : str or None
         joblib's hints.
     cluster : str or None
         Why Dask is to be used, in words ("a client was given"), or None.
+    cluster_was_given : bool
+        Whether the user named the cluster; then it is used even where a loop would do.
     is_daemonic : bool
         Whether this process may not start processes.
     trusted_on_threads : bool
         Whether the batch may run beside others in a process (``thread_safety.py``).
+    is_nested : bool
+        Whether the call runs inside a task.
+    caller_waits : bool
+        Whether the calling thread waits for all results; one that consumes a generator has other things to do.
+    n_jobs, cores : int
+        Batches that may run at once, and cores of this machine to run them on.
     """
 
     tier: str = "auto"
     prefer: str | None = None
     require: str | None = None
     cluster: str | None = None
+    cluster_was_given: bool = True
     is_daemonic: bool = False
     trusted_on_threads: bool = False
+    is_nested: bool = False
+    caller_waits: bool = True
+    n_jobs: int = 2
+    cores: int = 2
 
     @property
     def wants_cluster(self) -> bool:
@@ -47,10 +79,88 @@ class Plan:
 
     tier: str
     reason: str
+    #: Whether process workers are to be started in the background, because they are going to pay.
+    start_workers: bool = False
+    #: Seconds that the rest of the call was predicted to take, if anything was known.
+    predicted_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a call is.
+
+    Parameters
+    ----------
+    n_pending : int
+        Tasks that were submitted and are not finished.
+    more_to_come : bool
+        Whether the user's generator has not ended.
+    n_tasks : int or None
+        Tasks of the whole call where it has a length.
+    elapsed_s : float
+        Seconds since its first task was submitted.
+    running_s : float
+        Seconds for which the calling thread has been running a batch, else 0.
+    """
+
+    n_pending: int = 0
+    more_to_come: bool = True
+    n_tasks: int | None = None
+    elapsed_s: float = 0.0
+    running_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether process workers are there, and how long a start takes."""
+
+    n_ready: int = 0
+    startup_s: float = 2.0
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a tier costs in the parent, in seconds: a call, and a batch of it (benchmarks, suite "calls")."""
+
+    call_s: float
+    batch_s: float
+    #: A batch should run for so long, or handing it over is felt: fifty times its cost.
+    batch_runs_s: float
+
+
+_COSTS: Final = {
+    "inline": _Cost(0.0, 30e-6, 5e-3),
+    "threads": _Cost(250e-6, 60e-6, 5e-3),
+    "processes": _Cost(800e-6, 200e-6, 20e-3),
+    "dask": _Cost(15e-3, 2e-3, 0.2),
+}
+_UNKNOWN_COST: Final = _Cost(15e-3, 2e-3, 0.2)
+
+#: Another tier must promise to finish in this part of the time to be worth a move.
+_WORTH_A_MOVE: Final = 0.87
+
+#: What a task is thought to cost on a tier that was never tried, against running alone, before any measurement.
+_FIRST_GUESS: Final = {"threads": 1.1, "processes": 1.05}
+
+#: Bytes a second at which large buffers are hashed and copied to shared memory (benchmarks, row "search-twice"), and at
+#: which a worker faults a fresh mapping in.
+_PLACED_PER_S: Final = 1.2e9
+_MAPPED_PER_S: Final = 5e9
+
+#: Part of a worker start that work must have lasted, or that workers must be going to save, before they are started.
+#: Others work meanwhile, so a start costs no time, only a core that may have been idle; and who calls once calls again.
+_PATIENCE: Final = 0.1
+
+#: How much larger a batch may be than the largest before it: task times are not known to be even.
+_GROWTH: Final = {"inline": 64}
+_GROWTH_ELSEWHERE: Final = 4
+
+#: Parts into which the rest of a call is cut per job, so that no straggler holds the end up.
+_PARTS_PER_JOB: Final = 4
 
 
 def choose_tier(facts: Facts) -> Plan:
-    """Return the plan for a batch: first what is demanded, then what was asked for, then the rule."""
+    """Return the plan for a batch of which nothing is measured: what is demanded, asked for, or safe."""
     if facts.require == "sharedmem":
         tier = "inline" if facts.tier == "inline" else "threads"
         return Plan(tier, "require='sharedmem' needs the parent's memory")
@@ -73,3 +183,220 @@ def _choose_automatically(facts: Facts) -> Plan:
     if facts.trusted_on_threads:
         return Plan("threads", "the function and all it works on come from scikit-learn, or are marked thread_safe")
     return Plan("processes", "the function is not known to be safe on threads")
+
+
+def allowed_tiers(facts: Facts) -> tuple[str, ...]:
+    """Return the tiers among which cost decides; one if the user has decided.
+
+    The calling thread is always allowed where it waits: there a task runs as with ``n_jobs=1``.
+    """
+    chosen = choose_tier(facts).tier
+    if facts.tier != "auto" or not facts.caller_waits or (chosen == "dask" and facts.cluster_was_given):
+        return (chosen,)
+    may_leave = chosen == "threads" and facts.prefer is None and facts.require is None
+    if may_leave and not facts.is_daemonic and not facts.is_nested:
+        return ("inline", "threads", "processes")
+    return ("inline", chosen)
+
+
+class CallPlanner:
+    """Decides for one call, again and again while it runs.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the call.
+    known : Experience, optional
+        What earlier calls of this kind of task showed.
+    nbytes : int, default=0
+        Bytes of the large arrays among the arguments of a task.
+
+    Notes
+    -----
+    Not thread-safe: its owner calls it under one lock.
+    """
+
+    def __init__(self, facts: Facts, known: Experience | None = None, nbytes: int = 0) -> None:
+        self._facts = facts
+        self._allowed = allowed_tiers(facts)
+        self._known = known
+        self._nbytes = nbytes
+        self._seen: dict[str, TierSeen] = {}
+        self._n_done = 0
+        self._largest_batch = 1
+        self.plan = choose_tier(facts)
+
+    def __repr__(self) -> str:
+        return f"<CallPlanner {self.plan.tier}, {self._n_done} tasks seen>"
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The tiers among which cost decides."""
+        return self._allowed
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether there is nothing to decide."""
+        return len(self._allowed) == 1
+
+    def observe(self, batch: BatchSeen) -> None:
+        """Take in what a finished batch showed."""
+        self._seen.setdefault(batch.tier, TierSeen()).add(batch)
+        self._n_done += batch.n_tasks
+        self._largest_batch = max(self._largest_batch, batch.n_tasks)
+
+    def experience(self) -> Experience | None:
+        """Return what this call taught, or None if it saw nothing."""
+        solo_s = solo_seconds(self._seen, self._facts.n_jobs)
+        if solo_s is None:
+            return None
+        return Experience(
+            solo_s,
+            self._n_done,
+            {name: seen.task_s for name, seen in self._seen.items()},
+            {name: min(1.0, seen.efficiency) for name, seen in self._seen.items()},
+        )
+
+    # ---- the decision
+
+    def decide(self, progress: Progress, workers: Readiness) -> Plan:
+        """Return the plan for the batches from now on."""
+        if not self.is_fixed:
+            solo_s = self._solo_seconds(progress)
+            self.plan = self._begin() if solo_s is None else self._cheapest(solo_s, progress, workers)
+        return self.plan
+
+    def _begin(self) -> Plan:
+        """Return the plan while nothing is known: what is allowed, safe, and costs nothing to start."""
+        if self._facts.cluster is not None:
+            return choose_tier(self._facts)
+        if "threads" in self._allowed:
+            return choose_tier(self._facts)
+        return Plan("inline", "nothing was known of its tasks, so the calling thread began with them")
+
+    def _cheapest(self, solo_s: float, progress: Progress, workers: Readiness) -> Plan:
+        n_left = self._n_left(progress)
+        costs = {tier: self._seconds_on(tier, solo_s, n_left) for tier in self._allowed}
+        usable = {tier: cost for tier, cost in costs.items() if tier != "processes" or workers.n_ready}
+        best = min(usable, key=lambda tier: usable[tier])
+        if self._seen and self.plan.tier in usable and usable[best] > _WORTH_A_MOVE * usable[self.plan.tier]:
+            best = self.plan.tier
+        starts = "processes" in costs and not workers.n_ready and self._pays(costs, best, progress, workers)
+        return Plan(best, self._reason(best, solo_s, n_left, costs, workers), starts, usable[best])
+
+    def _pays(self, costs: Mapping[str, float], best: str, progress: Progress, workers: Readiness) -> bool:
+        """Return whether workers that are not there yet are going to be worth their start."""
+        saved_s = costs[best] - costs["processes"]
+        if saved_s < (1 - _WORTH_A_MOVE) * costs[best]:
+            return False
+        patience_s = _PATIENCE * workers.startup_s
+        return progress.elapsed_s > patience_s or (self._knows_how_many(progress) and saved_s > patience_s)
+
+    def _knows_how_many(self, progress: Progress) -> bool:
+        return progress.n_tasks is not None or not progress.more_to_come or self._known is not None
+
+    def _n_left(self, progress: Progress) -> int:
+        if progress.n_tasks is not None:
+            return max(progress.n_pending, progress.n_tasks - self._n_done)
+        if not progress.more_to_come:
+            return progress.n_pending
+        expected = 0 if self._known is None else round(self._known.n_tasks)
+        if expected > self._n_done + progress.n_pending:
+            return expected - self._n_done
+        return max(progress.n_pending, self._n_done)
+
+    def _solo_seconds(self, progress: Progress) -> float | None:
+        """Return the seconds of a task alone: measured, else known, and no less than one that still runs has taken."""
+        measured = solo_seconds(self._seen, self._facts.n_jobs)
+        if measured is None:
+            measured = None if self._known is None else self._known.solo_s
+        if progress.running_s <= (measured or 0.0):
+            return measured
+        return (self._n_done * (measured or 0.0) + progress.running_s) / (self._n_done + 1)
+
+    def _seconds_on(self, tier: str, solo_s: float, n_left: int) -> float:
+        """Return the predicted seconds of what is left on ``tier``."""
+        cost = _COSTS.get(tier, _UNKNOWN_COST)
+        size = min(max(1, n_left), max(1, int(cost.batch_runs_s / solo_s) if solo_s > 0 else n_left))
+        handing_over = (0.0 if tier in self._seen else cost.call_s) + cost.batch_s * -(-n_left // size)
+        if tier == "inline":
+            return handing_over + n_left * solo_s
+        task_s, slots = self._task_seconds_on(tier, solo_s)
+        work = n_left * task_s / max(1.0, min(slots, n_left))
+        return handing_over + work + (self._nbytes / _PLACED_PER_S if self._must_place(tier) else 0.0)
+
+    def _must_place(self, tier: str) -> bool:
+        """Return whether the data is not on ``tier`` yet; what was learned there has its price in."""
+        is_known = self._known is not None and tier in self._known.task_s
+        return tier == "processes" and tier not in self._seen and not is_known
+
+    def _task_seconds_on(self, tier: str, solo_s: float) -> tuple[float, float]:
+        """Return the seconds of a task beside its neighbours, and how many of them run at once."""
+        n_jobs, cores = self._facts.n_jobs, self._facts.cores if tier != "dask" else self._facts.n_jobs
+        seen = self._seen.get(tier)
+        if seen is not None and seen.n_batches >= min(n_jobs, 4):
+            return seen.task_s, seen.useful_slots(n_jobs, cores)
+        if self._known is not None and tier in self._known.task_s:
+            known = TierSeen(1, 1, self._known.task_s[tier], self._known.task_s[tier] * self._known.efficiency[tier])
+            # What was learned of its neighbours holds; that this call's tasks are longer or shorter alone counts too.
+            longer = solo_s / self._known.solo_s if self._known.solo_s > 0 else 1.0
+            return known.task_s * longer, known.useful_slots(n_jobs, cores)
+        mapping_s = self._nbytes / _MAPPED_PER_S if tier == "processes" else 0.0
+        computes = self._alone_efficiency()
+        slots = TierSeen(1, 1, 1.0, computes).useful_slots(n_jobs, cores)
+        return solo_s * _FIRST_GUESS.get(tier, 1.05) + mapping_s, slots
+
+    def _alone_efficiency(self) -> float:
+        seen = self._seen.get("inline")
+        if seen is not None and seen.n_tasks:
+            return seen.efficiency
+        return 1.0 if self._known is None else self._known.efficiency.get("inline", 1.0)
+
+    def _reason(
+        self, best: str, solo_s: float, n_left: int, costs: Mapping[str, float], workers: Readiness
+    ) -> str:
+        parts = [f"{n_left} tasks of ~{_readable(solo_s)}"]
+        threads = self._seen.get("threads")
+        if threads is not None:
+            parts.append(f"thread efficiency {threads.efficiency:.2f}")
+        if self._nbytes:
+            parts.append(f"{self._nbytes / 1e6:.0f} MB of data")
+        predicted = ", ".join(f"{tier} ~{_readable(cost)}" for tier, cost in costs.items() if tier != best)
+        text = f"{', '.join(parts)}: ~{_readable(costs[best])} here, {predicted}"
+        if "processes" in costs and not workers.n_ready and best != "processes":
+            text += f" and {_readable(workers.startup_s)} of start-up"
+        return text
+
+    def explain(self, workers: Readiness) -> str:
+        """Return why the call ran where it did, with the numbers of all its tasks."""
+        solo_s = solo_seconds(self._seen, self._facts.n_jobs) or 0.0
+        costs = {tier: self._seconds_on(tier, solo_s, self._n_done) for tier in self._allowed}
+        return self._reason(self.plan.tier, solo_s, self._n_done, costs, workers)
+
+    # ---- batches
+
+    def batch_size(self, progress: Progress) -> int:
+        """Return how many tasks to put into the next batches.
+
+        As many as run long enough to hide what handing over costs on the tier of the plan. Long tasks are not glued
+        together, no batch is much larger than one that is known to have gone well, and towards the end every job gets
+        several.
+        """
+        solo_s = self._solo_seconds(progress)
+        if solo_s is None:
+            return 1
+        tier = self.plan.tier
+        runs_s = _COSTS.get(tier, _UNKNOWN_COST).batch_runs_s
+        size = int(runs_s / solo_s) if solo_s > 0 else 1 << 16
+        size = min(size, _GROWTH.get(tier, _GROWTH_ELSEWHERE) * self._largest_batch)
+        if tier != "inline":
+            size = min(size, self._n_left(progress) // (_PARTS_PER_JOB * self._facts.n_jobs))
+        return max(1, size)
+
+
+def _readable(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            value = seconds / size
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{seconds * 1e6:.2g} µs"

@@ -37,6 +37,9 @@ class CallReport:
         Bytes that were resident already and did not move again.
     failed : bool
         Whether the call ended with an exception.
+    predicted_seconds : float or None
+        Seconds that the planner expected the call to take, when it first knew what a task takes; None if it never did,
+        or had nothing to decide.
     """
 
     function: str
@@ -51,6 +54,7 @@ class CallReport:
     nbytes_pickled: int
     nbytes_saved: int
     failed: bool
+    predicted_seconds: float | None = None
 
     def __str__(self) -> str:
         outcome = "failed after" if self.failed else "done in"
@@ -65,7 +69,7 @@ class CallReport:
 
 @dataclass
 class Tally:
-    """What a call has done so far; its owner guards it."""
+    """What a call has done so far. Thread-safe."""
 
     n_jobs: int
     function: str = ""
@@ -78,13 +82,42 @@ class Tally:
     nbytes_pickled: int = 0
     nbytes_saved: int = 0
     started: float = field(default_factory=time.perf_counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def report(self, *, failed: bool) -> CallReport:
+    def add_start(self, tier: str, function: str, reason: str) -> None:
+        """Count a batch that goes to ``tier``; the first reason for each tier is kept."""
+        with self._lock:
+            self.function = self.function or function
+            self.reasons.setdefault(tier, reason)
+
+    def add_payload(self, nbytes_moved: int, nbytes_pickled: int, nbytes_saved: int) -> None:
+        """Count the bytes of a batch that was encoded."""
+        with self._lock:
+            self.nbytes_moved += nbytes_moved
+            self.nbytes_pickled += nbytes_pickled
+            self.nbytes_saved += nbytes_saved
+
+    def add_end(self, n_tasks: int, seconds: float, *, succeeded: bool) -> None:
+        """Count a batch that ended."""
+        with self._lock:
+            self.busy_seconds += seconds
+            if succeeded:
+                self.tasks += n_tasks
+                self.batches += 1
+
+    def explain(self, reasons: dict[str, str]) -> None:
+        """Put better reasons in the place of those of tiers that were used."""
+        with self._lock:
+            self.reasons |= {tier: reason for tier, reason in reasons.items() if tier in self.reasons}
+
+    def report(self, *, failed: bool, predicted_seconds: float | None) -> CallReport:
         """Return the report of the call, which ends now."""
+        reasons = self.reasons
+        texts = [f"{tier}: {reason}" for tier, reason in reasons.items()] if len(reasons) > 1 else reasons.values()
         return CallReport(
             function=self.function,
-            tier=" + ".join(self.reasons) or "none",
-            reason="; ".join(self.reasons.values()) or "there were no tasks",
+            tier=" + ".join(reasons) or "none",
+            reason="; ".join(texts) or "there were no tasks",
             n_jobs=self.n_jobs,
             tasks=self.tasks,
             batches=self.batches,
@@ -94,6 +127,7 @@ class Tally:
             nbytes_pickled=self.nbytes_pickled,
             nbytes_saved=self.nbytes_saved,
             failed=failed,
+            predicted_seconds=predicted_seconds,
         )
 
 

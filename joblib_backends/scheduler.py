@@ -2,19 +2,24 @@
 
 ::
 
-    submit ──> route ──> waiting ──(at most n_jobs, plus look-ahead)──> Tier.submit
-      ^  any thread                                                          |
-      |                                                    batch done: start the next that waits,
-      |                                                    put the outcome into a queue
-      |                                                                      v
-    joblib's callback <── future set <── Tier.outcome <──────────────── completer
+    submit ──> waiting ──(at most n_jobs, plus look-ahead)──> Tier.submit
+      ^  any thread    |                                          |
+      |                |                           batch done: start the next that waits,
+      |        the calling thread runs it,         put the outcome into a queue
+      |        where the plan says so                             v
+    joblib's callback <── future set <── Tier.outcome <────── completer ──> Pilot: another plan?
 
 Who runs where: ``submit`` runs in the user's thread and, from joblib's callback, in the completer. When a batch is
 done, the tier's thread hands the tier the next one and fills the queue: no code of joblib or of the user runs there,
-so a generator that is slow, or uses the same backend itself, never blocks loky's manager thread or Dask's event loop.
-The completer does the rest: unpickle, call joblib back, advance the user's generator. For a list it is the caller
-itself, who waits anyway: a thread less to wake (benchmarks, rows "two tasks" and "batch_size=1"). A generator's
-consumer is away between two results, and its input may wait for what it consumes: there a thread of the crew is it.
+so a generator that is slow, or uses the same backend itself, never blocks a pool's thread or Dask's event loop.
+The completer does the rest: unpickle, call joblib back, advance the user's generator, ask the pilot whether another
+tier pays. For a list it is the caller itself, who waits anyway: a thread less to wake (benchmarks, rows "two tasks" and
+"batch_size=1"). A generator's consumer is away between two results, and its input may wait for what it consumes: there
+a thread of the crew is it. Where the caller itself runs batches and one of them takes long, a thread of the crew stands
+in (``relief.py``).
+
+Batches start when there is one for each job, or when the caller comes to wait for results: until then it is not known
+among how many the cores are to be shared.
 
 Invariants, each tested:
 
@@ -26,6 +31,7 @@ Invariants, each tested:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -33,17 +39,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from .budget import available_cores, cores_for_batch
 from .config import Config
 from .crew import Crew
-from .data.codec import Encoder, Payload
+from .data.codec import Payload
 from .data.scope import ResidentScope
 from .errors import BatchTimeoutError
-from .planner import Plan
+from .pilot import Pilot
+from .planner import Progress
+from .randomness import task_randomness
+from .relief import Relief
 from .report import CallReport, Tally
-from .tiers import Tier, Work, load_tier
+from .router import Nested, Router
+from .tiers import Tier, Work
 from .worker import Outcome, task_names
 
 __all__ = ["BatchFuture", "Call"]
@@ -53,9 +63,11 @@ __all__ = ["BatchFuture", "Call"]
 #: takes longer to yield, or waits for the very result, must not hold the result back.
 _LOOK_INTERVAL_S: Final = 0.010
 
+#: Seconds for which the first batches are held back at most, while the user's generator yields.
+_HOLD_S: Final = 0.002
+
 Callback = Callable[["BatchFuture"], object]
 GetOutcome = Callable[[], Outcome]
-Nested = tuple[Any, int | None]
 
 
 class BatchFuture(Future[list[Any]]):
@@ -65,17 +77,24 @@ class BatchFuture(Future[list[Any]]):
         super().__init__()
         self.callback = callback
         self.size = size
-        # The batch, while it waits to be run by the thread that asks for its result.
-        self.for_caller: _Batch | None = None
         # The results, while joblib's callback of the batch still runs.
         self.ready: list[Any] | None = None
 
 
-@dataclass(frozen=True)
 class _Batch:
-    future: BatchFuture
-    tier: Tier
-    work: Work
+    """A batch until it is done."""
+
+    __slots__ = ("function", "future", "nested", "payload", "reason", "started", "tier")
+
+    def __init__(self, future: BatchFuture, function: Callable[[], Any], nested: Nested) -> None:
+        self.future = future
+        self.function = function
+        self.nested = nested
+        # Where it is to run, and why; and what it is for a tier that shares no memory.
+        self.tier: Tier | None = None
+        self.reason = ""
+        self.payload: Payload | None = None
+        self.started = 0.0
 
 
 class Call:
@@ -87,132 +106,123 @@ class Call:
         What the user asked for.
     n_jobs : int
         Batches that may run at once.
-    route : callable
-        Returns the plan of a batch.
+    pilot : Pilot
+        Says where they run.
     scope : ResidentScope
         What keeps placed buffers.
     warm : dict
         Where the context keeps what its next call should find warm; filled here.
     return_as : {"list", "generator", "generator_unordered"}
         How joblib returns results. In the last form it takes them, and failures, in its callback.
+    more_to_come : callable, optional
+        Called with whether the caller has come for results; returns whether the user's generator may still yield.
 
     Notes
     -----
-    Thread-safe. The lock guards the waiting batches, the unfinished futures, the counts and the first failure.
-    Only who takes a future out of the unfinished ones may end it.
+    Thread-safe. The lock guards the waiting batches, those in flight, the unfinished futures, the counts and the first
+    failure. Only who takes a future out of the unfinished ones may end it.
     """
 
     def __init__(
         self,
         config: Config,
         n_jobs: int,
-        route: Callable[[Callable[[], Any]], Plan],
+        pilot: Pilot,
         scope: ResidentScope,
         warm: dict[str, object],
         *,
         return_as: Literal["list", "generator", "generator_unordered"] = "list",
+        more_to_come: Callable[[bool], bool] = lambda came: not came,
     ) -> None:
         self._config = config
         self._n_jobs = n_jobs
-        self._route = route
-        self._scope = scope
-        self._warm = warm
+        # Of the task that makes this call, if it is a nested one: other threads do not know it.
+        self._cores = available_cores(config)
+        self._pilot = pilot
+        self._more_to_come = more_to_come
+        self._tally = Tally(n_jobs)
+        self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
         self._joblib_polls = return_as == "generator_unordered"
         self._lock = threading.Lock()
         self._feeding = threading.Lock()
         self._waiting: deque[_Batch] = deque()
+        self._in_flight: set[_Batch] = set()
         self._unfinished: set[BatchFuture] = set()
-        self._n_in_flight = 0
+        self._n_pending_tasks = 0
+        self._first_submit = 0.0
+        self._is_held = self._caller_completes
+        self._caller_came = False
         self._failure: BaseException | None = None
-        self._tiers: dict[str, Tier] = {}
-        self._limits: dict[str, dict[str, int]] = {}
-        self._encoder: Encoder | None = None
-        self._completions: queue.SimpleQueue[tuple[BatchFuture, GetOutcome] | None] = queue.SimpleQueue()
+        self._completions: queue.SimpleQueue[tuple[_Batch, GetOutcome] | None] = queue.SimpleQueue()
         self._crew = Crew.shared()
-        self._warm["crew"] = self._crew
+        warm["crew"] = self._crew
         self._has_completer = self._caller_completes
+        self._relief = Relief(self._crew, self._help_out)
         self._progress = threading.Event()
-        self._tally = Tally(n_jobs)
         self._ended = False
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "failed" if self._failure else "open"
-        return f"<Call {state}, {self._n_in_flight}/{self._n_jobs} in flight, {len(self._waiting)} waiting>"
+        return f"<Call {state}, {len(self._in_flight)}/{self._n_jobs} in flight, {len(self._waiting)} waiting>"
 
     # ---- called in the user's thread, or in the completer by joblib's callback
 
     def submit(self, function: Callable[[], Any], callback: Callback | None, nested: Nested) -> BatchFuture:
         """Start a batch or let it wait for its turn; a batch that cannot travel fails the call, not this method."""
         future = BatchFuture(callback, len(function) if hasattr(function, "__len__") else 1)
+        batch = _Batch(future, function, nested)
         with self._lock:
             self._unfinished.add(future)
+            self._n_pending_tasks += future.size
         try:
-            batch = self._prepare(future, function, nested)
+            self._pilot.meet(function, self._progress_now())
+            self._make_ready(batch)
         except BaseException as error:
-            self._enqueue(future, functools.partial(Outcome, None, error, 0.0))
+            self._enqueue(batch, functools.partial(Outcome, None, error))
             return future
-        if batch.tier.runs_in_caller:
-            self._leave_to_caller(batch)
+        if self._joblib_polls and batch.tier is not None and batch.tier.runs_in_caller:
+            # In this form joblib asks for no result before it is there: the completer is the caller.
+            self._enqueue(batch, functools.partial(self._run_here, batch))
         else:
-            with self._lock:
-                self._waiting.append(batch)
-            self._feed()
+            self._wait_for_turn(batch)
         self._end_if_call_failed(future)
         return future
 
-    def _prepare(self, future: BatchFuture, function: Callable[[], Any], nested: Nested) -> _Batch:
-        plan = self._route(function)
-        tier = self._open_tier(plan)
-        limits = self._limits[plan.tier]
-        payload = None if tier.shares_memory else self._encode(tier, function, nested, limits)
-        name = task_names(function)
+    def _wait_for_turn(self, batch: _Batch) -> None:
         with self._lock:
-            self._tally.function = self._tally.function or name
-            self._tally.reasons.setdefault(plan.tier, plan.reason)
-        return _Batch(future, tier, Work(function, name, limits, payload))
-
-    def _open_tier(self, plan: Plan) -> Tier:
-        # Two threads may come here at once for the first batches; one opens, the other waits.
-        with self._lock:
-            if plan.tier not in self._tiers:
-                tier = load_tier(plan.tier)(self._config, self._n_jobs)
-                self._limits[plan.tier] = tier.task_limits(self._config, self._n_jobs)
-                self._tiers[plan.tier] = tier
-                if tier.warm is not None:
-                    self._warm[plan.tier] = tier.warm
-            return self._tiers[plan.tier]
-
-    def _encode(
-        self, tier: Tier, function: Callable[[], Any], nested: Nested, limits: dict[str, int]
-    ) -> Payload:
-        if self._encoder is None:
-            references = tier.references(self._config.scatter)
-            self._encoder = Encoder(self._config, self._scope, references)
-            self._scatter(tier, [value for value in self._config.scatter if id(value) not in references])
-        payload = self._encoder.encode(function, nested, limits)
-        with self._lock:
-            self._tally.nbytes_moved += payload.nbytes_placed
-            self._tally.nbytes_pickled += payload.nbytes_inband
-            self._tally.nbytes_saved += payload.nbytes_saved
-        return payload
-
-    def _scatter(self, tier: Tier, values: list[Any]) -> None:
-        """Place ``values`` ahead of the first batch, once per context."""
-        key = f"scattered for {tier.name}"
-        if values and key not in self._warm:
-            assert self._encoder is not None
-            moved = self._encoder.scatter(values)
-            self._warm[key] = True
-            with self._lock:
-                self._tally.nbytes_moved += moved
-
-    def _leave_to_caller(self, batch: _Batch) -> None:
-        if self._joblib_polls:
-            # In this form joblib asks for no result before it is there: the completer is the caller.
-            self._enqueue(batch.future, functools.partial(_run_now, batch))
+            self._waiting.append(batch)
+        if self._is_held:
+            self._release_if_due()
         else:
-            batch.future.for_caller = batch
+            self._feed()
+
+    def batch_size(self) -> int:
+        """Return how many tasks joblib should put into the next batches."""
+        return self._pilot.batch_size(self._progress_now())
+
+    def _make_ready(self, batch: _Batch) -> None:
+        """Send a batch where the plan says, encoded if memory is not shared there."""
+        plan = self._pilot.plan_for(batch.function)
+        tier = self._router.open(plan.tier)
+        payload = batch.payload
+        if payload is None and not tier.shares_memory:
+            payload = self._router.encode(tier, batch.function, batch.nested)
+        with self._lock:
+            # Race: a batch that waited may have started meanwhile, where it was sent before.
+            if not batch.started:
+                batch.tier, batch.reason, batch.payload = tier, plan.reason, payload
+
+    def _release_if_due(self) -> None:
+        """Let the batches start if there is one for each job, or the user's generator is slow to yield the next."""
+        now = time.perf_counter()
+        self._first_submit = self._first_submit or now
+        if len(self._waiting) >= self._n_jobs or now - self._first_submit > _HOLD_S:
+            self._release()
+
+    def _release(self) -> None:
+        self._is_held = False
+        self._feed()
 
     def _end_if_call_failed(self, future: BatchFuture) -> None:
         with self._lock:
@@ -233,9 +243,9 @@ class Call:
         if future is None:
             # joblib registered a batch whose submit never returned; the call ends with what made it fail.
             raise self._failure or CancelledError()
-        batch, future.for_caller = future.for_caller, None
-        if batch is not None and not future.done():
-            self._enqueue(future, functools.partial(_same, _run_now(batch)))
+        self._caller_came = True
+        if self._is_held:
+            self._release()
         end = None if timeout is None else time.monotonic() + timeout
         wait = self._complete_until if self._caller_completes else self._wait_until
         if wait(future, end):
@@ -250,13 +260,10 @@ class Call:
     def _complete_until(self, future: BatchFuture, end: float | None) -> bool:
         """Be the completer until ``future`` has ended or the time is ``end``; return whether it has ended."""
         while not future.done():
-            remaining = None if end is None else max(0.0, end - time.monotonic())
-            try:
-                item = self._completions.get(timeout=remaining)
-            except queue.Empty:
+            if self._complete_next(0.0) or self._run_one_here():
+                continue
+            if not self._complete_next(None if end is None else max(0.0, end - time.monotonic())):
                 return future.done()
-            if item is not None:
-                self._complete(*item)
         return True
 
     def _wait_until(self, future: BatchFuture, end: float | None) -> bool:
@@ -265,6 +272,8 @@ class Call:
             self._progress.clear()
             if future.done():
                 return True
+            if self._run_one_here():
+                continue
             self._progress.wait(_LOOK_INTERVAL_S)
             if future.ready is not None:
                 return True
@@ -274,23 +283,46 @@ class Call:
     def abort(self) -> None:
         """Give up all that is not finished. Called when joblib wants no further result."""
         self._fail(CancelledError("The call was aborted."), None)
-        for tier in self._open_tiers():
-            tier.abort()
+        self._router.abort()
 
     def end(self) -> CallReport:
         """Give back what the call used and return its report; idempotent."""
         with self._lock:
             ended, self._ended = self._ended, True
+        failed = self._failure is not None
         if not ended:
+            self._relief.end()
             self._completions.put(None)
-            for tier in self._open_tiers():
-                tier.close()
-            self._scope.end_call()
-        return self._tally.report(failed=self._failure is not None)
+            self._router.close()
+            self._tally.explain(self._pilot.end(failed=failed))
+        return self._tally.report(failed=failed, predicted_seconds=self._pilot.predicted_s)
 
-    def _open_tiers(self) -> list[Tier]:
-        with self._lock:
-            return list(self._tiers.values())
+    # ---- called in the thread that wants a result
+
+    def _run_one_here(self) -> bool:
+        """Run the first batch that waits, if the plan leaves it to the caller; return whether there was one."""
+        batch = self._next_to_start(in_caller=True)
+        if batch is not None:
+            outcome = self._run_here(batch)
+            with self._lock:
+                self._in_flight.discard(batch)
+            self._feed()
+            if self._caller_completes:
+                self._complete(batch, functools.partial(_same, outcome))
+            else:
+                self._enqueue(batch, functools.partial(_same, outcome))
+        return batch is not None
+
+    def _run_here(self, batch: _Batch) -> Outcome:
+        tier = batch.tier
+        assert tier is not None
+        guards = self._pilot.guards_caller
+        work = self._work(batch, tier)
+        with (
+            task_randomness.separate() if guards else contextlib.nullcontext(),
+            self._relief.standing_by(may_complete=not guards) if self._pilot.adapts else contextlib.nullcontext(),
+        ):
+            return tier.outcome(tier.submit(work))
 
     # ---- called in any thread, a tier's own included
 
@@ -311,44 +343,68 @@ class Call:
         with self._lock:
             return self._has_one_to_start()
 
-    def _next_to_start(self) -> _Batch | None:
+    def _next_to_start(self, *, in_caller: bool = False) -> _Batch | None:
         with self._lock:
-            if not self._has_one_to_start():
+            if not self._has_one_to_start(in_caller=in_caller):
                 return None
-            self._n_in_flight += 1
-            return self._waiting.popleft()
+            batch = self._waiting.popleft()
+            batch.started = time.perf_counter()
+            self._in_flight.add(batch)
+            return batch
 
-    def _has_one_to_start(self) -> bool:
+    def _has_one_to_start(self, *, in_caller: bool = False) -> bool:
         # A batch that joblib's callback submits while the call fails or ends must not reach a tier that is closed.
-        if not self._waiting or self._failure is not None or self._ended:
+        if not self._waiting or self._is_held or self._failure is not None or self._ended:
             return False
-        return self._n_in_flight < self._n_jobs + self._waiting[0].tier.look_ahead
+        tier = self._waiting[0].tier
+        assert tier is not None
+        return tier.runs_in_caller == in_caller and len(self._in_flight) < self._n_jobs + tier.look_ahead
 
     def _start(self, batch: _Batch) -> None:
+        tier = batch.tier
+        assert tier is not None
         try:
-            tier_future = batch.tier.submit(batch.work)
+            tier_future = tier.submit(self._work(batch, tier))
         except BaseException as error:
             tier_future = Future()
             tier_future.set_exception(error)
         # It takes the future as its argument: a future in its own callback would be a cycle, which keeps the pool.
-        tier_future.add_done_callback(functools.partial(self._tier_is_done, batch))
+        tier_future.add_done_callback(functools.partial(self._tier_is_done, batch, tier))
 
-    def _tier_is_done(self, batch: _Batch, tier_future: Future[Any]) -> None:
+    def _work(self, batch: _Batch, tier: Tier) -> Work:
+        """Return what the tier gets, with its share of the cores as things are now."""
+        name = task_names(batch.function)
+        self._tally.add_start(tier.name, name, batch.reason)
+        return Work(batch.function, name, tier.share(self._config, self._cores_for(batch)), batch.payload)
+
+    def _cores_for(self, batch: _Batch) -> int:
+        more = self._more_to_come(self._caller_came)
+        now, expected = time.perf_counter(), self._pilot.task_s
+        with self._lock:
+            left = [
+                1.0 - (now - other.started) / (expected * other.future.size) if expected else 1.0
+                for other in self._in_flight
+                if other is not batch
+            ]
+            n_waiting = len(self._waiting)
+        return cores_for_batch(self._cores, self._n_jobs, left, n_waiting, more_to_come=more)
+
+    def _tier_is_done(self, batch: _Batch, tier: Tier, tier_future: Future[Any]) -> None:
         """Feed the tier and leave the rest to the completer. Called in whichever thread ended the tier's future.
 
         Until then this callback holds the batch, and with it the files of its residents: the worker opens them when
         it comes to a task, and their owners may be gone by then.
         """
         with self._lock:
-            self._n_in_flight -= 1
+            self._in_flight.discard(batch)
         if not tier_future.cancelled() and tier_future.exception() is None:
             self._feed()
-        self._enqueue(batch.future, functools.partial(batch.tier.outcome, tier_future))
+        self._enqueue(batch, functools.partial(tier.outcome, tier_future))
 
-    def _enqueue(self, future: BatchFuture, get_outcome: GetOutcome) -> None:
+    def _enqueue(self, batch: _Batch, get_outcome: GetOutcome) -> None:
         if not self._has_completer:
             self._start_completer()
-        self._completions.put((future, get_outcome))
+        self._completions.put((batch, get_outcome))
 
     def _start_completer(self) -> None:
         with self._lock:
@@ -384,22 +440,57 @@ class Call:
             # An idle thread must not keep the last batch's data alive.
             del item
 
-    def _complete(self, future: BatchFuture, get_outcome: GetOutcome) -> None:
+    def _complete_next(self, wait_s: float | None) -> bool:
+        """Finish the next batch that is done, after at most ``wait_s`` seconds; return whether something came."""
+        try:
+            item = self._completions.get(timeout=wait_s) if wait_s != 0.0 else self._completions.get_nowait()
+        except queue.Empty:
+            return False
+        if item is not None:
+            self._complete(*item)
+        return True
+
+    def _help_out(self, running_s: float, may_complete: bool) -> None:
+        """Do the caller's part while it runs a batch that takes long. Called in a thread of the crew."""
+        self._replan(running_s)
+        if may_complete:
+            self._complete_next(_LOOK_INTERVAL_S)
+
+    def _replan(self, running_s: float = 0.0) -> None:
+        """Let the pilot decide again, and send the batches that wait where it now says."""
+        if not self._pilot.replan(self._progress_now(running_s)):
+            return
+        with self._lock:
+            waiting = list(self._waiting)
+        for batch in waiting:
+            try:
+                self._make_ready(batch)
+            except BaseException as error:
+                self._fail(error, batch.future)
+        self._feed()
+
+    def _progress_now(self, running_s: float = 0.0) -> Progress:
+        return Progress(self._n_pending_tasks, self._more_to_come(self._caller_came), running_s=running_s)
+
+    def _complete(self, batch: _Batch, get_outcome: GetOutcome) -> None:
         try:
             outcome = get_outcome()
         except BaseException as error:
-            outcome = Outcome(None, error, 0.0)
+            outcome = Outcome(None, error)
+        future, succeeded = batch.future, outcome.error is None
         with self._lock:
+            self._n_pending_tasks -= future.size
             is_wanted = future in self._unfinished
-            self._tally.busy_seconds += outcome.seconds
-            if outcome.error is None:
+            if succeeded:
                 self._unfinished.discard(future)
-                self._tally.tasks += future.size
-                self._tally.batches += 1
+        self._tally.add_end(future.size, outcome.spent.wall, succeeded=succeeded)
+        if succeeded and batch.tier is not None:
+            self._pilot.observe(batch.tier.name, future.size, outcome.spent)
         if is_wanted and outcome.error is not None:
             self._fail(outcome.error, future)
         elif is_wanted:
             self._deliver(future, outcome.results or [])
+            self._replan()
 
     def _deliver(self, future: BatchFuture, results: list[Any]) -> None:
         if self._joblib_polls:
@@ -421,11 +512,6 @@ class Call:
                 callback(future)
         except BaseException as error:
             self._fail(error, None)
-
-
-def _run_now(batch: _Batch) -> Outcome:
-    """Run a batch in this thread, on a tier that does so."""
-    return batch.tier.outcome(batch.tier.submit(batch.work))
 
 
 def _same(outcome: Outcome) -> Outcome:

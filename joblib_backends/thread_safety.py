@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Final, TypeVar
 
-__all__ = ["may_run_on_threads", "thread_safe"]
+__all__ = ["innermost", "may_run_on_threads", "root_package", "thread_safe"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MARK: Final = "__joblib_backends_thread_safe__"
@@ -61,17 +61,17 @@ def may_run_on_threads(items: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any
 
 
 def _is_marked(function: Any) -> bool:
-    return bool(getattr(_innermost(function), _MARK, False))
+    return bool(getattr(innermost(function), _MARK, False))
 
 
-def _innermost(function: Any) -> Any:
+def innermost(function: Any) -> Any:
     """Return what a wrapper calls: scikit-learn's `_FuncWrapper`, partials and bound methods."""
     while True:
         if isinstance(function, functools.partial):
             function = function.func
         elif isinstance(function, MethodType):
             function = function.__func__
-        elif callable(getattr(function, "function", None)) and _root(type(function)) in _TRUSTED_CODE:
+        elif callable(getattr(function, "function", None)) and root_package(type(function)) in _TRUSTED_CODE:
             function = function.function
         else:
             return function
@@ -84,7 +84,7 @@ class _Walk:
         self._seen: dict[int, Any] = {}
 
     def trusts(self, task: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> bool:
-        if _root(_innermost(task[0])) not in _TRUSTED_CODE:
+        if root_package(innermost(task[0])) not in _TRUSTED_CODE:
             return False
         pending: list[Any] = list(task)
         while pending:
@@ -106,14 +106,14 @@ def _trusts_alone(value: Any) -> bool:
     if isinstance(value, dict):
         return not any(_is_probability(name) and value[name] is not False for name in value)
     if isinstance(value, FunctionType | BuiltinFunctionType | type | ModuleType):
-        return _root(value) in _TRUSTED_CODE | _TRUSTED_DATA
+        return root_package(value) in _TRUSTED_CODE | _TRUSTED_DATA
     kind = type(value)
     # Also by their bases: what users hold is a PCG64, not a BitGenerator.
-    if any(base.__name__ in _RANDOM_GENERATORS and _root(base) == "numpy" for base in kind.__mro__):
+    if any(base.__name__ in _RANDOM_GENERATORS and root_package(base) == "numpy" for base in kind.__mro__):
         return False
-    if _root(kind) in _TRUSTED_CODE:
+    if root_package(kind) in _TRUSTED_CODE:
         return not _draws_from_process_generator(value)
-    return _root(kind) in _TRUSTED_DATA
+    return root_package(kind) in _TRUSTED_DATA
 
 
 def _draws_from_process_generator(estimator: Any) -> bool:
@@ -140,7 +140,7 @@ def _parts(value: Any) -> Iterable[Any]:
         return (value.__self__, value.__func__)
     if isinstance(value, functools.partial):
         return (value.func, value.args, value.keywords)
-    if _root(type(value)) in _TRUSTED_CODE and not isinstance(value, type):
+    if root_package(type(value)) in _TRUSTED_CODE and not isinstance(value, type):
         return getattr(value, "__dict__", {}).values()
     return ()
 
@@ -150,7 +150,7 @@ def _is_plain_data(values: Any) -> bool:
     return len(values) > 64 and {type(value) for value in values} <= {int, float, str, bytes, bool, type(None)}
 
 
-def _root(value: Any) -> str:
+def root_package(value: Any) -> str:
     """Return the top-level package where ``value`` (a function, class or module) is defined."""
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
     if name is None:

@@ -7,22 +7,37 @@ worker holds the data of one task at a time.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import cloudpickle
 from joblib import parallel_config
 
-from .budget import keep_limits, keep_thread_limits, limited
+from .budget import Share, keep_limits, keep_thread_limits, limited, using
 from .data.codec import Wire, describe, load
 from .errors import RemoteTraceback, ResultPicklingError, TaskLoadError
 
 __all__ = ["Outcome", "PackedOutcome", "run_here", "run_payload", "unpack"]
+
+
+class Spent(NamedTuple):
+    """Seconds of a batch where it ran, without queueing and transfer."""
+
+    wall: float = 0.0
+    #: CPU time, of the thread, or of the process where that is the worker's own.
+    cpu: float = 0.0
+    #: Ready to run, and kept from it by a busy machine; 0 where the system does not tell.
+    delay: float = 0.0
+
+
+_NOTHING: Final = Spent()
 
 
 @dataclass(frozen=True)
@@ -31,24 +46,73 @@ class Outcome:
 
     results: list[Any] | None
     error: BaseException | None
-    #: Seconds that the batch ran, without queueing and transfer.
-    seconds: float
+    spent: Spent = _NOTHING
 
 
-#: An outcome on its way back: whether it succeeded, the pickle of results or exception, seconds.
-PackedOutcome = tuple[bool, bytes, float]
+#: An outcome on its way back: whether it succeeded, the pickle of results or exception, what it took.
+PackedOutcome = tuple[bool, bytes, tuple[float, float, float]]
 
 
-def run_here(function: Callable[[], Any], limits: dict[str, int], initializer: Callable[[], object] | None) -> Outcome:
+class Stopwatch:
+    """Measures what the calling thread spends."""
+
+    def __init__(self, *, of_process: bool = False) -> None:
+        self._cpu_clock = time.process_time if of_process else time.thread_time
+        self._delay_before = _run_delay()
+        self._cpu_before = self._cpu_clock()
+        self._wall_before = time.perf_counter()
+
+    def spent(self) -> Spent:
+        """Return what was spent since this object was made, in the same thread."""
+        wall = time.perf_counter() - self._wall_before
+        return Spent(wall, self._cpu_clock() - self._cpu_before, max(0.0, _run_delay() - self._delay_before))
+
+
+class _Schedstat:
+    """The file in which Linux tells how long a thread waited for a core; kept open, or reading it costs 6 µs, not 1."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._descriptor: int | None = None
+        with contextlib.suppress(OSError):
+            self._descriptor = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def run_delay(self) -> float:
+        """Return the seconds that the thread was ready to run without running; 0 where the system does not tell."""
+        if self._descriptor is None:
+            return 0.0
+        try:
+            return int(os.pread(self._descriptor, 96, 0).split()[1]) * 1e-9
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+
+_of_thread = threading.local()
+
+
+def _run_delay() -> float:
+    schedstat: _Schedstat | None = getattr(_of_thread, "schedstat", None)
+    # A forked child has its parent's file, which tells of the parent's thread.
+    if schedstat is None or schedstat.pid != os.getpid():
+        schedstat = _of_thread.schedstat = _Schedstat()
+    return schedstat.run_delay()
+
+
+def run_here(function: Callable[[], Any], share: Share, initializer: Callable[[], object] | None) -> Outcome:
     """Run a batch in this thread, which shares the parent's memory."""
-    started = time.perf_counter()
+    watch = Stopwatch()
     try:
         if initializer is not None:
             initializer()
-        keep_thread_limits(limits)
-        return Outcome(function(), None, time.perf_counter() - started)
+        keep_thread_limits(share.limits)
+        with using(share.cores):
+            return Outcome(function(), None, watch.spent())
     except BaseException as error:
-        return Outcome(None, error, time.perf_counter() - started)
+        return Outcome(None, error, watch.spent())
 
 
 def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
@@ -56,16 +120,17 @@ def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
 
     A process that is not a worker's own (a Dask worker thread inside the parent) gets its thread limits back.
     """
-    started = time.perf_counter()
+    watch = Stopwatch(of_process=owns_process)
+    cores, limits = wire[3]
     try:
         if owns_process:
-            keep_limits(wire[3])
-        with limited({} if owns_process else wire[3]):
-            results = _run_tasks(wire, wire[3] if owns_process else {})
+            keep_limits(limits)
+        with limited({} if owns_process else limits), using(cores):
+            results = _run_tasks(wire, limits if owns_process else {})
         packed = _pack_results(results)
     except BaseException as error:
-        return False, _pack_error(error), time.perf_counter() - started
-    return True, packed, time.perf_counter() - started
+        return False, _pack_error(error), watch.spent()
+    return True, packed, watch.spent()
 
 
 def unpack(outcome: PackedOutcome) -> Outcome:
@@ -74,6 +139,7 @@ def unpack(outcome: PackedOutcome) -> Outcome:
     What a worker could pack and the parent cannot load becomes a :class:`ResultPicklingError`.
     """
     succeeded, packed, seconds = outcome
+    spent = Spent(*seconds)
     try:
         loaded = pickle.loads(packed)
     except Exception as error:
@@ -82,12 +148,12 @@ def unpack(outcome: PackedOutcome) -> Outcome:
             "Is it an object whose class cannot be rebuilt from its pickle?"
         )
         failure.__cause__ = error
-        return Outcome(None, failure, seconds)
+        return Outcome(None, failure, spent)
     if succeeded:
-        return Outcome(loaded, None, seconds)
+        return Outcome(loaded, None, spent)
     raised, text = loaded
     raised.__cause__ = RemoteTraceback(text)
-    return Outcome(None, raised, seconds)
+    return Outcome(None, raised, spent)
 
 
 def _run_tasks(wire: Wire, limits: dict[str, int]) -> list[Any]:

@@ -14,6 +14,10 @@ import pytest
 import joblib_backends
 from joblib_backends.data.store import default_store
 from joblib_backends.workers.pool import WorkerPool
+from joblib_backends.profile import Profile
+
+#: No test reads or writes the user's own profile, and neither do the scripts that tests start.
+os.environ["JOBLIB_BACKEND_PROFILE"] = "off"
 
 TIERS = ["inline", "threads", "processes", "dask", "fake"]
 
@@ -67,6 +71,12 @@ def _works_afterwards(request):
     if request.node.get_closest_marker("breaks_pool"):
         with joblib.parallel_backend("hybrid", n_jobs=2, tier="processes"):
             assert joblib.Parallel()(joblib.delayed(abs)(-i) for i in range(8)) == list(range(8))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_learned():
+    """Let no test decide by what another one's tasks took."""
+    Profile._shared = Profile(None)
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,17 @@ from threadpoolctl import threadpool_info
 
 from joblib_backends.budget import (
     ProcessWideLimit,
+    Share,
     available_cores,
+    cores_for_batch,
     cores_per_task,
     is_daemonic,
     keep_limits,
     keep_thread_limits,
     limited,
     resolve_n_jobs,
-    thread_limits,
+    share_of,
+    using,
 )
 from joblib_backends.config import Config
 
@@ -62,12 +65,12 @@ def test_the_count_follows_lokys_variable(monkeypatch):
 
 
 def test_each_task_gets_its_share_of_threads(no_variables):
-    assert thread_limits(Config(cores=8), 3) == {"openmp": 2, "blas": 2}
+    assert share_of(Config(), 2) == Share(2, {"openmp": 2, "blas": 2})
 
 
 def test_an_explicit_number_of_threads_wins(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert thread_limits(Config(inner_max_num_threads=5, cores=8), 3) == {"openmp": 5, "blas": 5}
+    assert share_of(Config(inner_max_num_threads=5), 2) == Share(2, {"openmp": 5, "blas": 5})
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,47 @@ def test_an_explicit_number_of_threads_wins(monkeypatch):
 )
 def test_what_the_user_fixed_by_a_variable_is_left_alone(no_variables, monkeypatch, variable, left):
     monkeypatch.setenv(variable, "3")
-    assert thread_limits(Config(cores=8), 2).keys() == left
+    assert share_of(Config(), 4).limits.keys() == left
+
+
+@pytest.mark.parametrize(
+    ("cores", "n_jobs", "left", "n_waiting", "more", "expected"),
+    [
+        # Five folds on 64 cores: each gets twelve, also the last to start, whose neighbours all still run.
+        (64, 64, [], 4, False, 12),
+        (64, 64, [1.0] * 4, 0, False, 12),
+        # While the generator may yield more, every job counts.
+        (64, 64, [], 4, True, 1),
+        # Three folds on two cores: the last starts when one neighbour ends, and the other is about to.
+        (2, 2, [], 2, False, 1),
+        (2, 2, [0.03], 0, False, 2),
+        (2, 2, [-0.2], 0, False, 2),
+        (2, 2, [0.6], 0, False, 1),
+        (2, 2, [0.03], 1, False, 1),
+        # More batches than jobs never count twice.
+        (8, 4, [1.0, 1.0], 20, False, 2),
+        # More jobs than cores get one each.
+        (2, 8, [1.0] * 7, 9, True, 1),
+        (1, 1, [], 0, False, 1),
+    ],
+)
+def test_a_batch_shares_the_cores_with_those_that_run_beside_it(cores, n_jobs, left, n_waiting, more, expected):
+    assert cores_for_batch(cores, n_jobs, left, n_waiting, more_to_come=more) == expected
+
+
+def test_nested_calls_find_the_share_of_their_task():
+    outside = available_cores(Config())
+    with using(3):
+        assert available_cores(Config()) == 3
+        with using(1):
+            assert available_cores(Config(cores=2)) == 1
+        assert available_cores(Config(cores=2)) == 3
+        seen = []
+        other = threading.Thread(target=lambda: seen.append(available_cores(Config())))
+        other.start()
+        other.join(LONG)
+        assert seen == [outside]
+    assert available_cores(Config()) == outside
 
 
 def test_this_process_is_no_daemon():

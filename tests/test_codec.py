@@ -54,7 +54,7 @@ def give(*values):
 
 
 def encode(encoder, *items):
-    return encoder.encode(Batch(*items), (None, None), {})
+    return encoder.encode(Batch(*items), (None, None))
 
 
 def send(encoder, value):

@@ -11,11 +11,13 @@ from conftest import LONG, eventually
 from joblib._parallel_backends import SequentialBackend
 from joblib.parallel import BatchedCalls
 
+from joblib_backends.budget import Share
 from joblib_backends.config import Config
 from joblib_backends.data.scope import ResidentScope
 from joblib_backends.data.store import default_store
 from joblib_backends.errors import TaskPicklingError, WorkerLostError
-from joblib_backends.planner import Plan
+from joblib_backends.pilot import Pilot
+from joblib_backends.planner import Facts
 from joblib_backends.scheduler import Call
 from joblib_backends.tiers import Tier, register_tier
 from joblib_backends.tiers.fake import fake_control
@@ -67,7 +69,7 @@ class InstantTier(ManualTier):
 
     def submit(self, work):
         future = Future()
-        future.set_result(run_here(work.function, {}, None))
+        future.set_result(run_here(work.function, Share(None, {}), None))
         return future
 
 
@@ -83,13 +85,14 @@ for _tier in (ManualTier, InstantTier, RefusingTier):
 
 
 def answer(work, future):
-    future.set_result(run_here(work.function, {}, None))
+    future.set_result(run_here(work.function, Share(None, {}), None))
 
 
 @contextlib.contextmanager
 def open_call(tier="fake", n_jobs=2, form="list"):
     scope = ResidentScope(default_store(), outlives_calls=True)
-    call = Call(Config(), n_jobs, lambda _: Plan(tier, "the test"), scope, {}, return_as=form)
+    pilot = Pilot(Facts(tier, n_jobs=n_jobs), Config())
+    call = Call(Config(), n_jobs, pilot, scope, {}, return_as=form)
     try:
         yield call
     finally:
@@ -317,7 +320,7 @@ def test_abort_wakes_a_caller_who_waits():
 
 
 def test_a_result_that_comes_after_the_abort_is_dropped():
-    with open_call("test-manual") as call:
+    with open_call("test-manual", n_jobs=1) as call:
         callbacks = Callbacks(call)
         future = callbacks.submit(results_of(0))
         work, tier_future = ManualTier.pending[0]
@@ -331,7 +334,7 @@ def test_a_result_that_comes_after_the_abort_is_dropped():
 
 @pytest.mark.parametrize("ended_by", ["abort", "end"])
 def test_a_batch_submitted_late_never_reaches_the_tier(ended_by):
-    with open_call("test-manual") as call:
+    with open_call("test-manual", n_jobs=1) as call:
         call.submit(results_of(0), None, NESTED)
         getattr(call, ended_by)()
         call.submit(results_of(1), None, NESTED)
@@ -375,7 +378,7 @@ def test_a_call_says_where_it_is():
 
 
 def test_an_outcome_without_results_is_an_empty_batch():
-    with open_call("test-manual") as call:
+    with open_call("test-manual", n_jobs=1) as call:
         future = call.submit(results_of(0), None, NESTED)
-        ManualTier.pending[0][1].set_result(Outcome(None, None, 0.0))
+        ManualTier.pending[0][1].set_result(Outcome(None, None))
         assert call.retrieve(future, LONG) == []

@@ -56,7 +56,7 @@ class Minimal(Elsewhere):
 
     def submit(self, work):
         future = Future()
-        future.set_result(run_here(work.function, work.limits, None))
+        future.set_result(run_here(work.function, work.share, None))
         return future
 
 

@@ -9,7 +9,7 @@ Who runs where: :class:`Encoder` in the parent, in whichever thread submits; :fu
 
 ::
 
-    Payload.wire = (functions, tasks, nested, limits, initializer)    plain builtins, cheap to pickle again
+    Payload.wire = (functions, tasks, nested, share, initializer)    plain builtins, cheap to pickle again
         functions = [(pickle, [BufferRef, ...]), ...]    plain functions, loaded once for the batch
         tasks     = [(pickle of [(function or its position, args, kwargs), ...], [BufferRef, ...]), ...]
 """
@@ -30,6 +30,7 @@ from typing import Any, Final
 import cloudpickle
 import numpy as np
 
+from ..budget import Share
 from ..config import Config
 from ..errors import StoreError, TaskPicklingError
 from .arrays import address_of, owns_all, root_owner
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 Pickle = tuple[bytes, list[BufferRef]]
-Wire = tuple[list[Pickle], list[Pickle], bytes, dict[str, int], bytes]
+Wire = tuple[list[Pickle], list[Pickle], bytes, Share, bytes]
 
 
 
@@ -75,6 +76,14 @@ class Payload:
     nbytes_placed: int = 0
     #: Bytes that would have travelled and did not, since they were resident already.
     nbytes_saved: int = 0
+
+    def sent_with(self, share: Share) -> Wire:
+        """Return what travels for a batch that starts with ``share``."""
+        return (*self.wire[:3], share, self.wire[4])
+
+
+#: In the place of a share that is decided when the batch starts.
+_NO_SHARE: Final = Share(None, {})
 
 
 class Encoder:
@@ -141,9 +150,7 @@ class Encoder:
                     replaced[id(value)] = Standalone(value)
         return replaced
 
-    def encode(
-        self, function: Callable[[], Any], nested: tuple[Any, int | None], limits: dict[str, int]
-    ) -> Payload:
+    def encode(self, function: Callable[[], Any], nested: tuple[Any, int | None]) -> Payload:
         """Return the payload of a batch.
 
         Parameters
@@ -152,8 +159,6 @@ class Encoder:
             joblib's batch, or any callable without arguments.
         nested : tuple
             The backend, and n_jobs, for Parallel calls inside the tasks.
-        limits : dict of str to int
-            Threads per library kind that a task may use.
 
         Raises
         ------
@@ -171,7 +176,7 @@ class Encoder:
             raise
         except Exception as error:
             raise _named_error(items, error) from error
-        wire = (pickling.functions, tasks, self._pickle_nested(nested), limits, self._initializer)
+        wire = (pickling.functions, tasks, self._pickle_nested(nested), _NO_SHARE, self._initializer)
         return Payload(
             wire,
             pickling.residents,

@@ -29,9 +29,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from ..budget import thread_limits
+from ..budget import Share, share_of
 from ..config import Config
-from ..data.codec import Payload, RemoteReference
+from ..data.codec import Payload, RemoteReference, Wire
 from ..errors import ConfigurationError, MissingDependencyError
 from ..worker import Outcome
 
@@ -45,9 +45,15 @@ class Work:
     function: Callable[[], list[Any]]
     #: What the tasks are, for keys and messages.
     name: str
-    #: Threads per library kind that a task may use.
-    limits: dict[str, int]
+    #: What the batch may use.
+    share: Share
     payload: Payload | None = None
+
+    @property
+    def wire(self) -> Wire:
+        """What travels, where memory is not shared."""
+        assert self.payload is not None
+        return self.payload.sent_with(self.share)
 
 
 class Tier(ABC):
@@ -87,14 +93,29 @@ class Tier(ABC):
         """Return how many batches can run at once: what ``n_jobs=-1`` means here."""
 
     @classmethod
-    def task_limits(cls, config: Config, n_jobs: int) -> dict[str, int]:
-        """Return the threads per library kind that a task may use where this tier runs it."""
-        return thread_limits(config, n_jobs)
+    def share(cls, config: Config, cores: int) -> Share:
+        """Return what a batch may use where this tier runs it, if ``cores`` of this machine are left for it."""
+        return share_of(config, cores)
 
     @classmethod
     def is_available(cls) -> bool:
         """Return whether the tier could be used now without being asked for; "auto" looks at Dask's answer."""
         return True
+
+    @classmethod
+    def start_workers(cls, config: Config, n_jobs: int, packages: frozenset[str]) -> None:
+        """Have workers started in the background for calls to come, with ``packages`` imported; returns at once."""
+        del config, n_jobs, packages
+
+    @classmethod
+    def n_ready(cls, config: Config) -> int:
+        """Return how many workers are there already; a tier whose workers take no time to start has them all."""
+        return cls.capacity(config)
+
+    @classmethod
+    def startup_seconds(cls) -> float | None:
+        """Return how long workers took to start when that was last measured, or None."""
+        return None
 
     @abstractmethod
     def __init__(self, config: Config, n_jobs: int) -> None: ...

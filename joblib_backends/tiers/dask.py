@@ -32,7 +32,7 @@ import distributed
 import numpy as np
 from dask.base import is_dask_collection
 
-from ..budget import explicit_limits
+from ..budget import Share, explicit_limits
 from ..config import Config
 from ..data.codec import Payload, RemoteReference
 from ..data.store import Resident, map_buffer
@@ -76,9 +76,9 @@ class DaskTier(Tier):
         return _active_client() is not None
 
     @classmethod
-    def task_limits(cls, config: Config, n_jobs: int) -> dict[str, int]:
+    def share(cls, config: Config, cores: int) -> Share:
         """Return only what was asked for: the cores are the workers', and Dask has set their threads to one."""
-        return explicit_limits(config)
+        return Share(1, explicit_limits(config))
 
     def __init__(self, config: Config, n_jobs: int) -> None:
         self._connection = _Connection.get(config)
@@ -136,6 +136,7 @@ class _Ticket(Future[PackedOutcome]):
         super().__init__()
         assert work.payload is not None
         self.payload: Payload = work.payload
+        self.wire = work.wire
         self.key = f"{re.sub(r'[^A-Za-z0-9_.<>]', '_', work.name)}-{uuid.uuid4().hex}"
         self.dask_future: Any = None
 
@@ -277,7 +278,7 @@ class _Exchange:
         try:
             futures = self._client.map(
                 run_remotely,
-                [ticket.payload.wire for ticket in tickets],
+                [ticket.wire for ticket in tickets],
                 [self._data_for(ticket) for ticket in tickets],
                 key=[ticket.key for ticket in tickets],
                 remote_objects=dict(self._remote_objects),

@@ -127,8 +127,7 @@ class FakeTier(Tier):
         error = self._control.wait_for_turn()
         if self._aborted or not future.set_running_or_notify_cancel():
             return
-        assert work.payload is not None
         if error is not None:
             future.set_exception(error)
         else:
-            future.set_result(unpack(run_payload(work.payload.wire, owns_process=False)))
+            future.set_result(unpack(run_payload(work.wire, owns_process=False)))

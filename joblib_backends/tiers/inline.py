@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from concurrent.futures import Future
 
-from ..budget import explicit_limits, limited
+from ..budget import Share, explicit_limits, limited
 from ..config import Config
 from ..worker import Outcome, run_here
 from .base import Tier, Work
@@ -30,9 +30,9 @@ class InlineTier(Tier):
         return 1
 
     @classmethod
-    def task_limits(cls, config: Config, n_jobs: int) -> dict[str, int]:
+    def share(cls, config: Config, cores: int) -> Share:
         """Return only what was asked for: a plain loop has all cores for each task."""
-        return explicit_limits(config)
+        return Share(None, explicit_limits(config))
 
     def __init__(self, config: Config, n_jobs: int) -> None:
         self._initializer = functools.partial(config.initializer, *config.initargs) if config.initializer else None
@@ -41,8 +41,8 @@ class InlineTier(Tier):
         """Run a batch now and return its finished future."""
         initializer, self._initializer = self._initializer, None
         future: Future[Outcome] = Future()
-        with limited(work.limits):
-            future.set_result(run_here(work.function, {}, initializer))
+        with limited(work.share.limits):
+            future.set_result(run_here(work.function, Share(work.share.cores, {}), initializer))
         return future
 
     def outcome(self, future: Future[Outcome]) -> Outcome:

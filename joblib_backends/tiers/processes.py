@@ -68,13 +68,12 @@ class ProcessesTier(Tier):
 
     def submit(self, work: Work) -> Future[Any]:
         """Hand a payload to the pool."""
-        assert work.payload is not None
         if not self._needs_are_known:
             # Only the first: the batches of a call are alike.
             self._needs_are_known = True
             if self._pool.n_workers < self._n_jobs:
                 self._pool.need(packages_of(getattr(work.function, "items", None) or [work.function]))
-        return self._call.submit(run_payload, work.payload.wire, name=work.name)
+        return self._call.submit(run_payload, work.wire, name=work.name)
 
     def outcome(self, future: Future[Any]) -> Outcome:
         """Return what the worker packed."""

@@ -6,7 +6,6 @@ cannot wait for each other's threads; the scheduler bounds what runs.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import queue
 import threading
@@ -42,7 +41,6 @@ class ThreadsTier(Tier):
         self._aborted = False
         self._closed = False
         self._crew = Crew.shared()
-        self._limit = contextlib.ExitStack()
 
     def __repr__(self) -> str:
         return f"<ThreadsTier {self._n_unfinished} batches on {self._n_threads}/{self._n_jobs} threads>"
@@ -65,8 +63,8 @@ class ThreadsTier(Tier):
                 # Race: the call ended while this batch was on its way. No thread would ever be told to end.
                 future.cancel()
                 return future
-            if self._n_threads == 0:
-                self._limit.enter_context(process_wide_limit.applied(work.limits))
+            # The batches of a call are alike, so the newest one's share stands for all.
+            process_wide_limit.ask(self, work.share.limits)
             self._n_unfinished += 1
             starts = self._n_unfinished > self._n_threads and self._n_threads < self._n_jobs
             self._n_threads += starts
@@ -91,7 +89,7 @@ class ThreadsTier(Tier):
             for _ in range(self._n_threads):
                 self._queue.put(None)
             self._n_threads = 0
-            self._limit.close()
+            process_wide_limit.withdraw(self)
 
     def _work(self) -> None:
         """Run batches until told to end. Runs in a thread of the crew."""
@@ -100,7 +98,7 @@ class ThreadsTier(Tier):
         while (item := self._queue.get()) is not None:
             work, future = item
             if not self._aborted and future.set_running_or_notify_cancel():
-                outcome = run_here(work.function, work.limits, initializer)
+                outcome = run_here(work.function, work.share, initializer)
                 initializer = None
                 with self._lock:
                     self._n_unfinished -= 1

@@ -1,0 +1,168 @@
+"""What is known of a kind of task: what the batches of a call showed, and what earlier calls left. Pure numbers.
+
+All times are seconds. A task's time is cleared of the time in which its thread was ready to run and the machine was
+busy with others, so that a busy machine is not mistaken for code that does not scale. What remains beyond the CPU time
+is waiting: for the GIL, for memory, for I/O.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+__all__ = ["BatchSeen", "Experience", "TierSeen", "solo_seconds"]
+
+#: How much the newest call counts against all earlier ones.
+_NEWEST: Final = 0.5
+
+#: Below this share of CPU time a task on a tier was kept waiting.
+_WAITS: Final = 0.75
+
+#: Tasks that together used about one core or more, and waited, waited for the GIL; with less it was something outside.
+_ONE_CORE: Final = 0.75
+
+#: Seconds beyond which a time is nonsense: a year.
+_LONGEST_S: Final = 3.2e7
+
+
+class BatchSeen(NamedTuple):
+    """What a finished batch showed."""
+
+    tier: str
+    n_tasks: int
+    #: Seconds from its start to its end where it ran, of which ``delay_s`` ready to run on a busy machine.
+    wall_s: float
+    cpu_s: float
+    delay_s: float = 0.0
+
+
+@dataclass
+class TierSeen:
+    """The sums over the batches of a call on one tier."""
+
+    n_batches: int = 0
+    n_tasks: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def add(self, batch: BatchSeen) -> None:
+        """Take a batch in; times that a jumping clock made are taken as zero."""
+        cpu_s = _sane(batch.cpu_s)
+        self.n_batches += 1
+        self.n_tasks += batch.n_tasks
+        self.wall_s += max(_sane(batch.wall_s) - _sane(batch.delay_s), min(cpu_s, _sane(batch.wall_s)))
+        self.cpu_s += cpu_s
+
+    @property
+    def task_s(self) -> float:
+        """The mean time of a task here, beside its neighbours."""
+        return self.wall_s / max(1, self.n_tasks)
+
+    @property
+    def efficiency(self) -> float:
+        """CPU time over time: 1 for a task that computes and is never kept from it. Zero times count as that."""
+        return self.cpu_s / self.wall_s if self.wall_s > 0 else 1.0
+
+    def useful_slots(self, n_jobs: int, cores: int) -> float:
+        """Return how many of ``n_jobs`` such tasks a machine with ``cores`` can run at full speed at once."""
+        return min(n_jobs, max(1.0, cores / max(self.efficiency, 1e-3)))
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What earlier calls showed of a kind of task.
+
+    Parameters
+    ----------
+    solo_s : float
+        Seconds of a task that runs alone.
+    n_tasks : float
+        Tasks in a call.
+    task_s : mapping of str to float
+        Seconds of a task on each tier that was used, beside its neighbours.
+    efficiency : mapping of str to float
+        CPU time over time there.
+    """
+
+    solo_s: float
+    n_tasks: float
+    task_s: Mapping[str, float] = field(default_factory=dict)
+    efficiency: Mapping[str, float] = field(default_factory=dict)
+
+    def merged(self, newer: Experience) -> Experience:
+        """Return what is known after a newer call; tiers that it did not use keep what was known of them."""
+        return Experience(
+            _mean(self.solo_s, newer.solo_s),
+            _mean(self.n_tasks, newer.n_tasks),
+            _merged(self.task_s, newer.task_s),
+            _merged(self.efficiency, newer.efficiency),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for a file."""
+        return {
+            "solo_s": self.solo_s,
+            "n_tasks": self.n_tasks,
+            "task_s": dict(self.task_s),
+            "efficiency": dict(self.efficiency),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Experience:
+        """Return what :meth:`as_dict` wrote.
+
+        Raises
+        ------
+        ValueError
+            If ``data`` is anything else, a number out of its range included.
+        """
+        if not isinstance(data, dict) or data.keys() != {"solo_s", "n_tasks", "task_s", "efficiency"}:
+            raise ValueError("an entry is not that of a kind of task")
+        return cls(
+            _time(data["solo_s"]), _time(data["n_tasks"]), _times(data["task_s"]), _times(data["efficiency"])
+        )
+
+
+def solo_seconds(seen: Mapping[str, TierSeen], n_jobs: int) -> float | None:
+    """Return the time of a task that runs alone, from what was seen of a call; None if nothing was.
+
+    The calling thread shows it directly. On threads, tasks that waited while all of them together used one core waited
+    for each other's GIL: alone they need their CPU time. Elsewhere, and with less than a core in all, what they waited
+    for does not go away.
+    """
+    inline, threads = seen.get("inline"), seen.get("threads")
+    if inline is not None and inline.n_tasks:
+        return inline.task_s
+    if threads is not None and threads.n_tasks:
+        together = threads.efficiency * min(n_jobs, threads.n_batches)
+        waits_for_others = threads.efficiency < _WAITS and together >= _ONE_CORE
+        return threads.cpu_s / threads.n_tasks if waits_for_others else threads.task_s
+    others = [tier for tier in seen.values() if tier.n_tasks]
+    return min(tier.task_s for tier in others) if others else None
+
+
+def _sane(seconds: float) -> float:
+    return seconds if 0.0 <= seconds <= _LONGEST_S else 0.0
+
+
+def _mean(older: float, newer: float) -> float:
+    return (1 - _NEWEST) * older + _NEWEST * newer
+
+
+def _merged(older: Mapping[str, float], newer: Mapping[str, float]) -> dict[str, float]:
+    return {**older, **{name: _mean(older.get(name, value), value) for name, value in newer.items()}}
+
+
+def _time(value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not 0 <= value <= _LONGEST_S:
+        raise ValueError(f"{value!r} is not a number of seconds or tasks")
+    return float(value)
+
+
+def _times(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{value!r} is not a number for each tier")
+    return {name: _time(number) for name, number in value.items()}

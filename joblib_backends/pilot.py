@@ -1,0 +1,193 @@
+"""Asks the planner at the right moments, with the right numbers; the planner itself knows no clock and no process.
+
+One pilot for each call. It finds out what kind of task the call has, looks up what is known of it, says which tier a
+batch goes to, has process workers started in the background when they are going to pay, and keeps what the call taught.
+
+Thread-safe. The lock is held while the planner thinks, some 10 µs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from .config import Config
+from .experience import BatchSeen
+from .kinds import kind_of
+from .planner import CallPlanner, Facts, Plan, Progress, Readiness, choose_tier
+from .profile import Profile
+from .thread_safety import may_run_on_threads
+from .tiers import load_tier
+from .worker import Spent
+from .workers.preload import packages_of
+
+__all__ = ["Pilot"]
+
+#: Seconds between two decisions, once the first few batches were seen one by one.
+_DECIDE_EVERY_S: Final = 0.02
+_SEEN_ONE_BY_ONE: Final = 16
+
+#: Seconds that a worker start is expected to take before one was measured (benchmarks/workers.py).
+_STARTUP_S: Final = 2.0
+
+
+class Pilot:
+    """The plan of one call, as it changes.
+
+    Parameters
+    ----------
+    facts : Facts
+        What is known before the first task; whether its code may run on threads is found out here.
+    config : Config
+        Of the call.
+    profile : Profile, optional
+        Where experience is kept; None looks nothing up and keeps nothing.
+    n_tasks : int, optional
+        Tasks of the call, where it has a length.
+    """
+
+    def __init__(
+        self, facts: Facts, config: Config, profile: Profile | None = None, n_tasks: int | None = None
+    ) -> None:
+        self._facts = facts
+        self._config = config
+        self._profile = profile
+        self._n_tasks = n_tasks
+        self._lock = threading.Lock()
+        self._kind = ""
+        self._packages: frozenset[str] = frozenset()
+        self._planner = CallPlanner(facts)
+        self._is_met = False
+        self._n_seen = 0
+        self._started = time.perf_counter()
+        self._decided = 0.0
+        self._workers_asked = False
+        self._task_s = 0.0
+        self.plan = choose_tier(facts)
+        #: Seconds that the call was predicted to take when something was first known of it.
+        self.predicted_s: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Pilot of {self._kind or 'nothing yet'}, {self.plan.tier}>"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the plan may change while the call runs."""
+        return not self._planner.is_fixed
+
+    @property
+    def runs_in_caller(self) -> bool:
+        """Whether batches are now left to the thread that asks for results."""
+        return load_tier(self.plan.tier).runs_in_caller
+
+    @property
+    def guards_caller(self) -> bool:
+        """Whether tasks in the calling thread must be kept from its random generators, and it from their neighbours."""
+        return self.adapts and not self._facts.trusted_on_threads and self._facts.require is None
+
+    # ---- before a batch
+
+    def meet(self, function: Callable[[], Any], progress: Progress) -> None:
+        """Find out about the call by its first batch, and make the first plan."""
+        if self._is_met:
+            return
+        with self._lock:
+            if self._is_met:
+                return
+            self._started = time.perf_counter()
+            if self._trust_matters():
+                self._facts = dataclasses.replace(self._facts, trusted_on_threads=_is_trusted(function))
+            self._planner = CallPlanner(self._facts)
+            self.plan = self._planner.plan
+            if self.adapts:
+                kind = kind_of(function, self._facts.n_jobs)
+                known = None if self._profile is None else self._profile.lookup(kind.name)
+                self._kind = kind.name
+                self._planner = CallPlanner(self._facts, known, kind.nbytes)
+                self._items = getattr(function, "items", None) or [(function, (), {})]
+                self._decide(progress)
+            self._is_met = True
+
+    def _trust_matters(self) -> bool:
+        facts = self._facts
+        return facts.tier == "auto" and not (facts.prefer or facts.require or facts.cluster or facts.is_daemonic)
+
+    def plan_for(self, function: Callable[[], Any]) -> Plan:
+        """Return the plan for one batch: that of the call, unless this batch must not run on threads."""
+        plan = self.plan
+        if plan.tier != "threads" or not self._trust_matters() or _is_trusted(function):
+            return plan
+        return choose_tier(dataclasses.replace(self._facts, trusted_on_threads=False))
+
+    def batch_size(self, progress: Progress) -> int:
+        """Return how many tasks to put into the next batches."""
+        with self._lock:
+            return self._planner.batch_size(self._completed(progress))
+
+    @property
+    def task_s(self) -> float:
+        """Seconds of a task, by the last batch; 0 if none was seen."""
+        return self._task_s
+
+    # ---- after a batch, or while one takes long
+
+    def observe(self, tier: str, n_tasks: int, spent: Spent) -> None:
+        """Take in what a finished batch spent."""
+        self._task_s = spent.wall / max(1, n_tasks)
+        with self._lock:
+            self._n_seen += 1
+            self._planner.observe(BatchSeen(tier, n_tasks, spent.wall, spent.cpu, spent.delay))
+
+    def replan(self, progress: Progress) -> bool:
+        """Decide again if there is something to decide and enough was seen; return whether the tier changed."""
+        if not self.adapts or not self._is_met:
+            return False
+        now = time.perf_counter()
+        is_early = self._n_seen <= _SEEN_ONE_BY_ONE
+        if not is_early and now - self._decided < _DECIDE_EVERY_S:
+            return False
+        with self._lock:
+            before = self.plan.tier
+            self._decide(progress)
+            return self.plan.tier != before
+
+    def _decide(self, progress: Progress) -> None:
+        self._decided = time.perf_counter()
+        plan = self._planner.decide(self._completed(progress), self._readiness())
+        if self.predicted_s is None and plan.predicted_s is not None:
+            self.predicted_s = self._decided - self._started + plan.predicted_s
+        self.plan = plan
+        if plan.start_workers and not self._workers_asked:
+            self._workers_asked = True
+            load_tier("processes").start_workers(self._config, self._facts.n_jobs, packages_of(self._items))
+
+    def _completed(self, progress: Progress) -> Progress:
+        elapsed_s = time.perf_counter() - self._started
+        return dataclasses.replace(progress, n_tasks=self._n_tasks, elapsed_s=elapsed_s)
+
+    def _readiness(self) -> Readiness:
+        if "processes" not in self._planner.allowed:
+            return Readiness()
+        tier = load_tier("processes")
+        startup_s = tier.startup_seconds() or _STARTUP_S
+        return Readiness(tier.n_ready(self._config), startup_s)
+
+    def end(self, *, failed: bool) -> dict[str, str]:
+        """Keep what the call taught; return the reason for the last plan's tier with the numbers of the whole call."""
+        if not self._is_met or not self.adapts:
+            return {}
+        with self._lock:
+            learned = self._planner.experience()
+            if learned is None:
+                return {}
+            if self._profile is not None and not failed:
+                self._profile.learn(self._kind, learned)
+            return {self.plan.tier: self._planner.explain(self._readiness())}
+
+
+def _is_trusted(function: Callable[[], Any]) -> bool:
+    """Return whether a batch may run on threads; reading its tasks costs some 50 µs."""
+    return may_run_on_threads(getattr(function, "items", None) or [(function, (), {})])
