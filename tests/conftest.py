@@ -13,8 +13,8 @@ import pytest
 
 import joblib_backends
 from joblib_backends.data.store import default_store
-from joblib_backends.workers.pool import WorkerPool
 from joblib_backends.profile import Profile
+from joblib_backends.workers.pool import WorkerPool
 
 #: No test reads or writes the user's own profile, and neither do the scripts that tests start.
 os.environ["JOBLIB_BACKEND_PROFILE"] = "off"

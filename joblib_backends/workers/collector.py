@@ -147,6 +147,9 @@ class Collector:
             self._pool.came(member, [])
 
     def _see_end(self, member: Member, _: int) -> None:
+        self._selector.unregister(member.process.sentinel)
+        if not member.process.has_ended():
+            return  # its server is gone, and it is not: the end of its connection will tell
         # What it sent before it died is still there, and counts. The end of the connection may never come: a process
         # that a task started may hold it open.
         while not member.is_cut:
@@ -166,7 +169,8 @@ class Collector:
         """Let go of a process that is gone, or should be."""
         self._members.discard(member)
         self._cut(member)
-        self._selector.unregister(member.process.sentinel)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(member.process.sentinel)
         end = time.monotonic() + _REAP_TIMEOUT_S
         while member.process.exit_code() is None and member.deadline is None and time.monotonic() < end:
             time.sleep(0.001)

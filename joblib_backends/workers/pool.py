@@ -324,6 +324,8 @@ class WorkerPool:
             if not self.n_workers and not self._roster.doomed:
                 if self._collector is collector:
                     self._collector = None
+                    # What went wrong with forks may be over at the next cold start.
+                    self._n_stillborn = dict.fromkeys(self._n_stillborn, 0)
                 return -1.0
             return None if since is None else max(0.0, since + self._idle_timeout_s - now)
 

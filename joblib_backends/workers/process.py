@@ -89,6 +89,10 @@ class WorkerProcess(ABC):
     def exit_code(self) -> int | None:
         """Return the exit code, negative for a signal; None while the process runs, or if it can never be known."""
 
+    def has_ended(self) -> bool:
+        """Return whether a readable sentinel means the end of this process; it may be that of its server."""
+        return True
+
     @abstractmethod
     def kill(self) -> None:
         """Kill the process; it is gone soon after."""
@@ -138,6 +142,10 @@ class ForkedWorker(WorkerProcess):
                 data = os.read(self.sentinel, STATUS.size)
                 self._code = STATUS.unpack(data)[0] if len(data) == STATUS.size else None
         return self._code
+
+    def has_ended(self) -> bool:
+        """Return whether the server has told an exit code; its own end closes the pipe, too, and the worker goes on."""
+        return self.exit_code() is not None
 
     def kill(self) -> None:
         """Have the server kill it."""
