@@ -126,21 +126,25 @@ class Experience:
 
 
 def solo_seconds(seen: Mapping[str, TierSeen], n_jobs: int) -> float | None:
-    """Return the time of a task that runs alone, from what was seen of a call; None if nothing was.
+    """Return the mean time of a task that runs alone, from all that was seen of a call; None if nothing was.
 
     The calling thread shows it directly. On threads, tasks that waited while all of them together used one core waited
     for each other's GIL: alone they need their CPU time. Elsewhere, and with less than a core in all, what they waited
-    for does not go away.
+    for does not go away. All tasks count, wherever they ran: one that was long must not stand for those that were not.
     """
-    inline, threads = seen.get("inline"), seen.get("threads")
-    if inline is not None and inline.n_tasks:
-        return inline.task_s
-    if threads is not None and threads.n_tasks:
-        together = threads.efficiency * min(n_jobs, threads.n_batches)
-        waits_for_others = threads.efficiency < _WAITS and together >= _ONE_CORE
-        return threads.cpu_s / threads.n_tasks if waits_for_others else threads.task_s
-    others = [tier for tier in seen.values() if tier.n_tasks]
-    return min(tier.task_s for tier in others) if others else None
+    n_tasks = sum(tier.n_tasks for tier in seen.values())
+    if not n_tasks:
+        return None
+    return sum(_alone_s(name, tier, n_jobs) for name, tier in seen.items()) / n_tasks
+
+
+def _alone_s(name: str, tier: TierSeen, n_jobs: int) -> float:
+    """Return the seconds that all tasks of ``tier`` would have taken one by one."""
+    if name != "threads":
+        return tier.wall_s
+    together = tier.efficiency * min(n_jobs, tier.n_batches)
+    waited_for_others = tier.efficiency < _WAITS and together >= _ONE_CORE
+    return tier.cpu_s if waited_for_others else tier.wall_s
 
 
 def _sane(seconds: float) -> float:

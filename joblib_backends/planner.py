@@ -5,7 +5,7 @@ No clock, no I/O, no process: every number comes in as an argument. First what i
 
 The cost of finishing a call on a tier, in seconds::
 
-    what is left x max(task there / slots, one task if fewer are left)      the work
+    tasks left x task there / tasks that run at once there                  the work
     + batches left x cost of handing one over                               dispatch
     + bytes to place                                                        data, processes only
     + what it costs to get going there                                      call
@@ -120,21 +120,23 @@ class Readiness:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a tier costs in the parent, in seconds: a call, and a batch of it (benchmarks, suite "calls")."""
+    """What a tier costs in the parent, in seconds: a call, a batch, a task (benchmarks, suite "calls")."""
 
     call_s: float
     batch_s: float
+    #: Time of each task that no two of them spend at once: pickling it, or holding the GIL around what releases it.
+    task_s: float
     #: A batch should run for so long, or handing it over is felt: fifty times its cost.
     batch_runs_s: float
 
 
 _COSTS: Final = {
-    "inline": _Cost(0.0, 30e-6, 5e-3),
-    "threads": _Cost(250e-6, 60e-6, 5e-3),
-    "processes": _Cost(800e-6, 200e-6, 20e-3),
-    "dask": _Cost(15e-3, 2e-3, 0.2),
+    "inline": _Cost(0.0, 30e-6, 0.0, 5e-3),
+    "threads": _Cost(250e-6, 60e-6, 20e-6, 5e-3),
+    "processes": _Cost(800e-6, 200e-6, 5e-6, 20e-3),
+    "dask": _Cost(15e-3, 2e-3, 10e-6, 0.2),
 }
-_UNKNOWN_COST: Final = _Cost(15e-3, 2e-3, 0.2)
+_UNKNOWN_COST: Final = _COSTS["dask"]
 
 #: Another tier must promise to finish in this part of the time to be worth a move.
 _WORTH_A_MOVE: Final = 0.87
@@ -318,11 +320,13 @@ class CallPlanner:
         """Return the predicted seconds of what is left on ``tier``."""
         cost = _COSTS.get(tier, _UNKNOWN_COST)
         size = min(max(1, n_left), max(1, int(cost.batch_runs_s / solo_s) if solo_s > 0 else n_left))
-        handing_over = (0.0 if tier in self._seen else cost.call_s) + cost.batch_s * -(-n_left // size)
+        n_batches = -(-n_left // size)
         if tier == "inline":
-            return handing_over + n_left * solo_s
+            return cost.batch_s * n_batches + n_left * solo_s
+        n_batches = max(n_batches, min(self._facts.n_jobs, n_left))
+        handing_over = (0.0 if tier in self._seen else cost.call_s) + cost.batch_s * n_batches
         task_s, slots = self._task_seconds_on(tier, solo_s)
-        work = n_left * task_s / max(1.0, min(slots, n_left))
+        work = n_left * max(task_s / max(1.0, min(slots, n_left)), cost.task_s)
         return handing_over + work + (self._nbytes / _PLACED_PER_S if self._must_place(tier) else 0.0)
 
     def _must_place(self, tier: str) -> bool:

@@ -9,8 +9,10 @@ of a new worker does, and goes on from one task to the next.
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,9 +55,10 @@ class _PythonStream(_Stream):
 class _NumpyStream(_Stream):
     """The legacy generator of ``numpy.random``.
 
-    NumPy's own get_state and set_state take 35 µs each, many tasks 1 µs, and few draw. The raw state, half a
-    microsecond to copy, tells whether somebody drew since the last look, and only then the former are called. It does not
-    hold the second of two normal numbers that are made at a time: while the parent has one waiting, the slow way is taken.
+    NumPy's own get_state and set_state take 35 µs each, many tasks 1 µs, and few draw. While no task has drawn yet, the
+    raw state, half a microsecond to copy, tells whether one did now, and only then the former are called: no task comes
+    back by itself to a state that was taken from the system's entropy. The raw state lacks the second of two normal
+    numbers that are made at a time: where the parent has one waiting, NumPy's own functions are called.
     """
 
     def __init__(self) -> None:
@@ -65,12 +68,10 @@ class _NumpyStream(_Stream):
         self._parent: Any = None
         self._parent_raw = b""
         self._tasks: Any = numpy_random.RandomState().get_state(legacy=False)
-        self._tasks_raw = self._raw_of(self._tasks)
+        key, position = self._tasks["state"]["key"], int(self._tasks["state"]["pos"])
+        self._untouched_raw = bytes(key.tobytes() + position.to_bytes(4, sys.byteorder))
+        self._have_drawn = False
         self._is_fast = False
-
-    @staticmethod
-    def _raw_of(state: Any) -> bytes:
-        return bytes(state["state"]["key"].tobytes() + int(state["state"]["pos"]).to_bytes(4, sys.byteorder))
 
     def _address(self) -> int | None:
         """Return where the raw state is, or None if the user replaced the generator by one of another kind."""
@@ -80,50 +81,79 @@ class _NumpyStream(_Stream):
     def enter(self) -> None:
         address = self._address()
         raw = b"" if address is None else ctypes.string_at(address, _MT19937_NBYTES)
-        if self._parent is None or raw != self._parent_raw or not raw or self._parent["has_gauss"]:
+        # One raw state may be that before or after a normal number was taken that waited: only without one it is known.
+        if self._parent is None or not raw or raw != self._parent_raw or not self._is_fast:
             self._parent, self._parent_raw = self._random.get_state(legacy=False), raw
-        self._is_fast = address is not None and not self._parent["has_gauss"]
-        if self._is_fast and address is not None:
-            ctypes.memmove(address, self._tasks_raw, _MT19937_NBYTES)
-        elif address is not None:
+        self._is_fast = bool(raw) and not self._parent["has_gauss"] and not self._have_drawn
+        if address is None:
+            return
+        if self._is_fast:
+            ctypes.memmove(address, self._untouched_raw, _MT19937_NBYTES)
+        else:
             self._random.set_state(self._tasks)
 
     def leave(self) -> None:
         address = self._address()
-        if address is not None and self._is_fast:
-            raw = ctypes.string_at(address, _MT19937_NBYTES)
-            if raw == self._tasks_raw:
+        if self._is_fast and address is not None:
+            if ctypes.string_at(address, _MT19937_NBYTES) == self._untouched_raw:
                 ctypes.memmove(address, self._parent_raw, _MT19937_NBYTES)
                 return
+            self._have_drawn = True
         if address is not None:
-            # Without a normal number that waits: it would make the next turn slow, and is as good as a fresh one.
-            self._tasks = {**self._random.get_state(legacy=False), "has_gauss": 0, "gauss": 0.0}
-            self._tasks_raw = self._raw_of(self._tasks)
+            self._tasks = self._random.get_state(legacy=False)
         if self._parent["bit_generator"] == type(self._random.mtrand._rand._bit_generator).__name__:
             self._random.set_state(self._parent)
 
 
 class TaskRandomness:
-    """The global random generators as tasks in the calling thread see them. For one thread at a time."""
+    """The global random generators as tasks in calling threads see them.
+
+    Thread-safe. The generators belong to the process: the tasks' streams are in place while any thread is inside, and
+    the parent's come back with the last. The lock is held while states are copied.
+    """
 
     def __init__(self) -> None:
-        self._python = _PythonStream()
-        self._numpy: _NumpyStream | None = None
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._streams: list[_Stream] = [_PythonStream()]
+        self._knows_numpy = False
 
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Let what runs inside the block draw from the tasks' streams, and leave the parent's as they are."""
-        if self._numpy is None and "numpy.random" in sys.modules:
-            self._numpy = _NumpyStream()
-        streams: list[_Stream] = [self._python] if self._numpy is None else [self._python, self._numpy]
-        for stream in streams:
-            stream.enter()
+        self._enter()
         try:
             yield
         finally:
-            for stream in streams:
-                stream.leave()
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            self._n_inside += 1
+            if self._n_inside > 1:
+                return
+            if not self._knows_numpy and "numpy.random" in sys.modules:
+                self._knows_numpy = True
+                self._streams.append(_NumpyStream())
+            for stream in self._streams:
+                stream.enter()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                for stream in self._streams:
+                    stream.leave()
 
 
 #: The generators belong to the process, and so does this.
 task_randomness = TaskRandomness()
+
+
+def _start_anew_in_child() -> None:
+    # A forked child must neither find the lock taken for ever nor draw its tasks' numbers from its parent's stream.
+    task_randomness.__init__()  # type: ignore[misc]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew_in_child)

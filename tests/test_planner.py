@@ -1,10 +1,11 @@
-"""The rule that chooses a tier: a table of facts and answers."""
+"""The rule that chooses a tier, and the costs that may overrule it: numbers in, decision and reason out."""
 
 import itertools
 
 import pytest
 
-from joblib_backends.planner import Facts, Plan, choose_tier
+from joblib_backends.experience import BatchSeen, Experience
+from joblib_backends.planner import CallPlanner, Facts, Plan, Progress, Readiness, allowed_tiers, choose_tier
 
 CLUSTER = {"cluster": "a Dask client was given"}
 
@@ -100,3 +101,281 @@ def test_a_plan_is_a_value():
     assert Plan("threads", "x") == Plan("threads", "x")
     assert Facts(tier="dask").wants_cluster
     assert not Facts(tier="threads", cluster="x").wants_cluster
+
+
+# ---- what cost may decide
+
+
+@pytest.mark.parametrize(
+    ("facts", "tiers"),
+    [
+        ({}, ("inline", "processes")),
+        ({"trusted_on_threads": True}, ("inline", "threads", "processes")),
+        ({"prefer": "threads"}, ("inline", "threads")),
+        ({"prefer": "processes", "trusted_on_threads": True}, ("inline", "processes")),
+        ({"require": "sharedmem"}, ("inline", "threads")),
+        ({"is_daemonic": True, "trusted_on_threads": True}, ("inline", "threads")),
+        ({"is_nested": True, "trusted_on_threads": True}, ("inline", "threads")),
+        # A cluster that happens to be there is not worth a trip for a microsecond; one that was asked for is used.
+        ({**CLUSTER, "cluster_was_given": False}, ("inline", "dask")),
+        ({**CLUSTER, "cluster_was_given": True}, ("dask",)),
+        # Who consumes a generator is not there to run tasks.
+        ({"caller_waits": False}, ("processes",)),
+        ({"caller_waits": False, "trusted_on_threads": True}, ("threads",)),
+        ({"tier": "threads"}, ("threads",)),
+        ({"tier": "processes", "trusted_on_threads": True}, ("processes",)),
+        ({"tier": "spark"}, ("spark",)),
+    ],
+)
+def test_cost_decides_only_among_what_is_allowed(facts, tiers):
+    assert allowed_tiers(Facts(**facts)) == tiers
+
+
+# ---- what is cheapest
+
+WARM = Readiness(n_ready=2, startup_s=2.0)
+COLD = Readiness(n_ready=0, startup_s=2.0)
+SKLEARN = Facts(trusted_on_threads=True)
+UNKNOWN = Facts()
+
+
+def decided(facts, *batches, known=None, nbytes=0, workers=WARM, **progress):
+    """Return the plan after ``batches`` were seen, one decision after each."""
+    planner = CallPlanner(facts, known, nbytes)
+    state = Progress(**{"n_pending": 4, **progress})
+    plan = planner.decide(state, workers)
+    for batch in batches:
+        planner.observe(batch)
+        plan = planner.decide(state, workers)
+    return plan
+
+
+def on(tier, wall_s, cpu_s=None, n=1, delay_s=0.0):
+    return BatchSeen(tier, n, n * wall_s, n * (wall_s if cpu_s is None else cpu_s), n * delay_s)
+
+
+def test_unknown_code_begins_where_it_is_safe_and_costs_nothing():
+    assert decided(SKLEARN).tier == "threads"
+    assert decided(UNKNOWN).tier == "inline"
+    assert decided(Facts(prefer="threads")).tier == "threads"
+
+
+def test_an_explicit_tier_is_never_left():
+    seen = [on("threads", 1e-6)] * 50
+    assert decided(Facts(tier="threads"), *seen) == Plan("threads", "tier='threads' was asked for")
+
+
+@pytest.mark.parametrize("facts", [SKLEARN, UNKNOWN, Facts(require="sharedmem"), Facts(prefer="processes")])
+def test_tiny_tasks_stay_with_the_caller(facts):
+    assert decided(facts, on("inline", 1e-6), n_tasks=5000).tier == "inline"
+    assert decided(facts, on("inline", 1e-6), n_tasks=None).tier == "inline"
+
+
+def test_tiny_tasks_that_began_on_threads_come_back():
+    assert decided(SKLEARN, *[on("threads", 30e-6)] * 4, n_pending=4).tier == "inline"
+
+
+def test_long_tasks_that_scale_stay_on_threads():
+    plan = decided(SKLEARN, *[on("threads", 0.2, 0.197)] * 4, n_tasks=12)
+    assert plan.tier == "threads"
+    assert "thread efficiency 0.98" in plan.reason
+
+
+def test_code_that_holds_the_gil_moves_to_processes_when_they_are_there():
+    seen = [on("threads", 0.2, 0.104)] * 4
+    assert decided(SKLEARN, *seen, n_tasks=40).tier == "processes"
+    cold = decided(SKLEARN, *seen, n_tasks=40, workers=COLD)
+    assert (cold.tier, cold.start_workers) == ("threads", True)
+
+
+def test_sixty_four_threads_on_one_gil_are_seen_too():
+    facts = Facts(trusted_on_threads=True, n_jobs=64, cores=64)
+    seen = [on("threads", 1.0, 1 / 60)] * 64
+    assert decided(facts, *seen, n_tasks=6400, workers=Readiness(64)).tier == "processes"
+
+
+def test_a_busy_machine_is_not_mistaken_for_the_gil():
+    """Half of the time the task was ready to run and another program ran: processes would wait as long."""
+    seen = [on("threads", 0.2, 0.1, delay_s=0.098)] * 4
+    assert decided(SKLEARN, *seen, n_tasks=40).tier == "threads"
+
+
+def test_waiting_for_io_is_not_mistaken_for_the_gil():
+    seen = [on("threads", 0.2, 0.002)] * 4
+    assert decided(SKLEARN, *seen, n_tasks=40).tier == "threads"
+
+
+def test_waiting_for_io_overlaps_beyond_the_cores():
+    """Twenty jobs that sleep are twenty times as fast on two cores, jobs that compute only twice."""
+    facts = Facts(n_jobs=20, cores=2)
+    sleeps = decided(facts, on("inline", 0.05, 0.001), n_tasks=200)
+    computes = decided(facts, on("inline", 0.05), n_tasks=200)
+    assert sleeps.tier == computes.tier == "processes"
+    assert sleeps.predicted_s < computes.predicted_s / 5
+
+
+def test_untrusted_work_moves_to_workers_that_are_there():
+    assert decided(UNKNOWN, on("inline", 0.05), n_tasks=40).tier == "processes"
+
+
+def test_workers_are_started_for_work_that_they_would_shorten():
+    plan = decided(UNKNOWN, on("inline", 0.5), n_tasks=40, workers=COLD)
+    assert (plan.tier, plan.start_workers) == ("inline", True)
+    short = decided(UNKNOWN, on("inline", 0.001), n_tasks=40, workers=COLD)
+    assert (short.tier, short.start_workers) == ("inline", False)
+
+
+def test_work_of_unknown_extent_must_have_lasted_before_workers_are_started():
+    seen = [on("inline", 0.01)] * 2
+    assert not decided(UNKNOWN, *seen, workers=COLD, elapsed_s=0.02).start_workers
+    assert decided(UNKNOWN, *[on("inline", 0.01)] * 30, workers=COLD, elapsed_s=0.3).start_workers
+
+
+def test_a_task_that_does_not_end_counts_while_it_runs():
+    assert decided(UNKNOWN, running_s=0.002).tier == "processes"
+    assert decided(UNKNOWN, running_s=0.0001).tier == "inline"
+    plan = decided(UNKNOWN, running_s=5.0, workers=COLD, elapsed_s=5.0)
+    assert (plan.tier, plan.start_workers) == ("inline", True)
+    assert decided(Facts(prefer="threads"), on("inline", 1e-6), running_s=0.01).tier == "threads"
+
+
+def test_one_huge_task_among_tiny_ones_moves_what_waits_and_does_not_stand_for_what_comes():
+    planner = CallPlanner(UNKNOWN)
+    state = Progress(n_pending=3)
+    for _ in range(20):
+        planner.observe(on("inline", 1e-5))
+    assert planner.decide(state, WARM).tier == "inline"
+    assert planner.decide(Progress(n_pending=3, running_s=2.0), WARM).tier == "processes"
+    planner.observe(on("inline", 2.0))
+    for _ in range(20_000):
+        planner.observe(on("processes", 1e-5, n=10))
+    plan = planner.decide(Progress(n_pending=3, more_to_come=False), WARM)
+    assert plan.predicted_s < 0.01
+    assert planner.batch_size(Progress(n_pending=100_000, more_to_come=False)) > 10
+
+
+def test_uneven_tasks_are_judged_by_their_mean():
+    seen = [on("inline", 0.001 if i % 10 else 0.2) for i in range(40)]
+    assert decided(UNKNOWN, *seen, n_tasks=400).tier == "processes"
+
+
+def test_a_generator_that_is_slow_to_yield_starts_no_workers():
+    """Ten seconds have passed, and the tasks themselves took a millisecond in all."""
+    seen = [on("inline", 1e-4)] * 10
+    plan = decided(UNKNOWN, *seen, n_pending=1, elapsed_s=10.0, workers=COLD)
+    assert (plan.tier, plan.start_workers) == ("inline", False)
+
+
+def test_data_that_would_have_to_move_keeps_short_work_in_place():
+    """Six sums over 80 MB: to place it would take as long as to add it up."""
+    seen = on("inline", 0.02)
+    assert decided(UNKNOWN, seen, n_tasks=6, nbytes=80_000_000).tier == "inline"
+    assert decided(UNKNOWN, seen, n_tasks=6).tier == "processes"
+
+
+def test_the_last_task_of_a_call_is_not_moved():
+    plan = decided(SKLEARN, *[on("threads", 0.2, 0.104)] * 4, n_pending=1, more_to_come=False, workers=COLD)
+    assert (plan.tier != "processes", plan.start_workers) == (True, False)
+
+
+def test_a_cluster_that_happens_to_be_there_is_left_for_tiny_tasks_only():
+    facts = Facts(cluster="a Dask client is active", cluster_was_given=False)
+    assert decided(facts).tier == "dask"
+    assert decided(facts, *[on("dask", 1e-6, n=100)] * 8, n_tasks=5000).tier == "inline"
+    assert decided(facts, *[on("dask", 0.2)] * 8, n_tasks=5000).tier == "dask"
+
+
+def test_small_differences_do_not_move_a_call_back_and_forth():
+    planner = CallPlanner(SKLEARN)
+    tiers = []
+    for i in range(40):
+        planner.observe(on("threads", 0.01, 0.0098 if i % 2 else 0.0075))
+        tiers.append(planner.decide(Progress(n_pending=4), WARM).tier)
+    assert len(set(tiers[4:])) == 1
+
+
+@pytest.mark.parametrize("known_s", [1e-6, 0.3])
+def test_what_was_learned_decides_the_first_batch(known_s):
+    known = Experience(known_s, 100, {"inline": known_s}, {"inline": 1.0})
+    tier = "inline" if known_s < 0.01 else "processes"
+    assert decided(UNKNOWN, known=known).tier == tier
+    assert decided(UNKNOWN, known=known, workers=COLD).start_workers == (tier == "processes")
+
+
+def test_what_was_learned_of_the_gil_is_not_learned_again():
+    known = Experience(0.1, 100, {"threads": 0.2}, {"threads": 0.52})
+    assert decided(SKLEARN, known=known).tier == "processes"
+
+
+def test_what_is_measured_outdoes_what_was_learned():
+    known = Experience(1e-6, 100, {"inline": 1e-6}, {"inline": 1.0})
+    assert decided(UNKNOWN, on("inline", 0.1), known=known).tier == "processes"
+
+
+def test_a_call_teaches_what_it_saw():
+    planner = CallPlanner(SKLEARN)
+    assert planner.experience() is None
+    for _ in range(4):
+        planner.observe(on("threads", 0.2, 0.104))
+    learned = planner.experience()
+    assert learned.n_tasks == 4
+    assert learned.solo_s == pytest.approx(0.104)
+    assert learned.task_s == {"threads": pytest.approx(0.2)}
+    assert learned.efficiency == {"threads": pytest.approx(0.52)}
+
+
+@pytest.mark.parametrize("seconds", [-5.0, 0.0, float("nan"), float("inf"), 1e300])
+def test_a_clock_that_jumps_is_survived(seconds):
+    planner = CallPlanner(SKLEARN)
+    for tier in ("inline", "threads", "processes"):
+        for times in ((seconds, 0.1), (0.1, seconds), (seconds, seconds)):
+            planner.observe(BatchSeen(tier, 3, *times, delay_s=seconds))
+    for workers in (WARM, COLD):
+        plan = planner.decide(Progress(n_pending=3, elapsed_s=seconds, running_s=0.0), workers)
+        assert plan.tier in ("inline", "threads", "processes")
+    assert planner.batch_size(Progress(n_pending=3)) >= 1
+    assert Experience.from_dict(planner.experience().as_dict())
+
+
+# ---- batches
+
+
+def size_after(facts, *batches, known=None, **progress):
+    planner = CallPlanner(facts, known)
+    for batch in batches:
+        planner.observe(batch)
+    state = Progress(**{"n_pending": 4, **progress})
+    planner.decide(state, WARM)
+    return planner.batch_size(state)
+
+
+def test_long_tasks_are_never_glued_together():
+    for tier in ("inline", "threads", "processes", "dask"):
+        assert size_after(Facts(tier=tier), *[on(tier, 0.5)] * 40, n_tasks=10_000) == 1
+
+
+def test_batches_of_tiny_tasks_run_long_enough_to_hide_what_they_cost():
+    tiers = ("threads", "processes", "dask")
+    sizes = {tier: size_after(Facts(tier=tier), *[on(tier, 1e-4, n=500)] * 40) for tier in tiers}
+    assert sizes["threads"] < sizes["processes"] < sizes["dask"] <= 0.21 / 1e-4
+
+
+def test_the_first_batch_is_one_task_unless_the_kind_is_known():
+    assert size_after(UNKNOWN) == 1
+    known = Experience(1e-6, 5000, {"inline": 1e-6}, {"inline": 1.0})
+    assert size_after(UNKNOWN, known=known) > 10
+
+
+def test_batches_grow_step_by_step():
+    assert size_after(UNKNOWN, on("inline", 1e-7)) <= 64
+    assert size_after(Facts(tier="processes"), *[on("processes", 1e-7)] * 100) <= 4
+
+
+def test_towards_the_end_every_job_gets_several_batches():
+    facts = Facts(tier="processes", n_jobs=4)
+    size = size_after(facts, *[on("processes", 1e-6, n=1000)] * 10, n_tasks=10_400)
+    assert size <= 400 / 4 / 4
+
+
+def test_tasks_that_take_no_time_make_batches_of_finite_size():
+    assert 1 < size_after(UNKNOWN, *[on("inline", 0.0, n=64)] * 3) < 1e6

@@ -39,10 +39,12 @@ def serve(control_fd: int) -> None:
             setup = control.recv(LENGTH.unpack(length)[0], socket.MSG_WAITALL)
             path, modules, parent_pid = json.loads(setup)
             sys.path[:] = path
+            # No collection while modules are imported, which make no garbage to speak of (M: 0.1 s of 1.1 s); and none
+            # in workers of what was imported, because a collection that touches it copies its pages in each of them.
+            gc.disable()
             _import_all(modules)
-            # What is loaded stays: a collection that touched it would copy its pages in every worker.
-            gc.collect()
             gc.freeze()
+            gc.enable()
             _Server(control, parent_pid).run()
     os._exit(0)
 

@@ -1,0 +1,295 @@
+"""A call that changes its mind: begun in one place, moved while it runs, and right all the same."""
+
+import random
+import threading
+import time
+
+import joblib
+import numpy as np
+import pytest
+from conftest import LONG, eventually
+from joblib import Parallel, delayed, parallel_backend
+from sklearn.preprocessing import StandardScaler
+
+from joblib_backends import last_report
+from joblib_backends.experience import Experience
+from joblib_backends.kinds import kind_of
+from joblib_backends.profile import Profile
+from joblib_backends.randomness import task_randomness
+from joblib_backends.tiers import load_tier
+
+
+def square(i):
+    return i * i
+
+
+def where(_):
+    return threading.current_thread() is threading.main_thread()
+
+
+def busy(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+    return seconds
+
+
+class Items:
+    """What joblib calls a batch."""
+
+    def __init__(self, *items):
+        self.items = items
+
+
+def known_as(function, *args, n_jobs=2, **experience):
+    """Let the planner know a kind of task before its first call."""
+    kind = kind_of(Items((function, args, {})), n_jobs).name
+    Profile.shared().learn(kind, Experience(**experience))
+
+
+# ---- kinds
+
+
+def test_a_kind_is_the_function_the_estimators_and_the_size_of_the_data():
+    data = np.zeros((1000, 10))
+    kind = kind_of(Items((square, (StandardScaler(), data), {})), 2)
+    assert kind.name == f"{__name__}.square(StandardScaler) of 4**8 bytes, 2 jobs"
+    assert kind.nbytes == data.nbytes
+    assert kind_of(Items((square, (StandardScaler(), data[:990]), {})), 2).name == kind.name
+    assert kind_of(Items((square, (StandardScaler(), data[:10]), {})), 2).name != kind.name
+    assert kind_of(Items((square, (StandardScaler(), data), {})), 3).name != kind.name
+
+
+@pytest.mark.parametrize("function", [len, np.sin, str.upper, [].append, lambda: 0, StandardScaler().fit, print])
+def test_every_callable_has_a_kind(function):
+    assert kind_of(Items((function, (), {})), 2).name
+    assert kind_of(function, 2).name
+
+
+def test_no_data_is_in_the_name_of_a_kind():
+    secret = "secret" * 3
+    assert secret not in kind_of(Items((square, (secret, [secret], {secret: 1}), {"key": secret})), 2).name
+
+
+# ---- where tasks run
+
+
+def test_tiny_tasks_run_in_the_calling_thread():
+    with parallel_backend("hybrid", n_jobs=2):
+        assert Parallel()(delayed(square)(i) for i in range(3000)) == [i * i for i in range(3000)]
+        assert last_report().tier == "inline"
+        assert all(Parallel()(delayed(where)(i) for i in range(20)))
+
+
+def test_work_that_pays_moves_to_workers():
+    with parallel_backend("hybrid", n_jobs=2) as (backend, _):
+        load_tier("processes").start_workers(backend.config, 2, frozenset())
+        assert eventually(lambda: load_tier("processes").n_ready(backend.config), seconds=LONG)
+        assert Parallel()(delayed(busy)(0.02) for _ in range(40)) == [0.02] * 40
+        report = last_report()
+    assert report.tier in ("inline + processes", "processes")
+    assert report.tasks == 40
+
+
+def test_what_was_learned_is_used_from_the_first_batch():
+    known_as(square, 1, solo_s=1.0, n_tasks=100, task_s={"inline": 1.0}, efficiency={"inline": 1.0})
+    with parallel_backend("hybrid", n_jobs=2) as (backend, _):
+        load_tier("processes").start_workers(backend.config, 2, frozenset())
+        assert eventually(lambda: load_tier("processes").n_ready(backend.config), seconds=LONG)
+        assert Parallel()(delayed(square)(i) for i in range(2)) == [0, 1]
+    assert last_report().tier == "processes"
+    assert last_report().predicted_seconds > 0
+
+
+def test_a_failed_call_teaches_nothing():
+    def fails(i):
+        raise LookupError(i)
+
+    with parallel_backend("hybrid", n_jobs=2), pytest.raises(LookupError):
+        Parallel()(delayed(fails)(i) for i in range(4))
+    assert "0 kinds" in repr(Profile.shared())
+
+
+def test_the_report_has_every_tier_its_reason_and_the_prediction():
+    with parallel_backend("hybrid", n_jobs=2):
+        Parallel()(delayed(square)(i) for i in range(100))
+        Parallel()(delayed(square)(i) for i in range(100))
+    report = last_report()
+    assert report.tier == "inline"
+    assert report.reason.startswith("100 tasks of ~")
+    assert 0 < report.predicted_seconds < 1
+
+
+# ---- the caller is not alone while it runs a task
+
+
+def test_tasks_that_wait_for_each_other_meet():
+    """The calling thread takes the first; the second must start while it waits."""
+    barrier = threading.Barrier(2)
+
+    def meet(i):
+        barrier.wait(LONG)
+        return i
+
+    with parallel_backend("hybrid", n_jobs=2):
+        known_as(meet, 1, solo_s=1e-6, n_tasks=2, task_s={"inline": 1e-6}, efficiency={"inline": 1.0})
+        assert Parallel(prefer="threads")(delayed(meet)(i) for i in range(2)) == [0, 1]
+        assert Parallel(require="sharedmem")(delayed(meet)(i) for i in range(6)) == list(range(6))
+
+
+def test_the_rest_of_a_call_goes_on_while_the_caller_is_in_a_long_task():
+    """All others are finished, the generator's later tasks too, before the first one is let go."""
+    let_go, done = threading.Event(), []
+
+    def task(i):
+        if i == 0:
+            assert let_go.wait(LONG)
+        else:
+            done.append(i)
+            if len(done) == 49:
+                let_go.set()
+        return i
+
+    with parallel_backend("hybrid", n_jobs=2):
+        known_as(task, 1, solo_s=1e-6, n_tasks=50, task_s={"inline": 1e-6}, efficiency={"inline": 1.0})
+        assert Parallel(require="sharedmem")(delayed(task)(i) for i in range(50)) == list(range(50))
+
+
+def test_an_error_while_the_caller_is_in_a_task_ends_the_call_after_it():
+    started = threading.Event()
+
+    def task(i):
+        if i == 0:
+            assert started.wait(LONG)
+            return i
+        started.set()
+        raise LookupError("mine")
+
+    with parallel_backend("hybrid", n_jobs=2):
+        known_as(task, 1, solo_s=1e-6, n_tasks=2, task_s={"inline": 1e-6}, efficiency={"inline": 1.0})
+        with pytest.raises(LookupError, match="mine"):
+            Parallel(require="sharedmem")(delayed(task)(i) for i in range(20))
+        assert Parallel(require="sharedmem")(delayed(square)(i) for i in range(3)) == [0, 1, 4]
+
+
+def test_no_more_than_n_jobs_run_with_the_caller_among_them():
+    lock, running, most = threading.Lock(), [], []
+
+    def task(i):
+        with lock:
+            running.append(i)
+            most.append(len(running))
+        time.sleep(0.005)  # long enough for the others to start, were they allowed to
+        with lock:
+            running.remove(i)
+        return i
+
+    with parallel_backend("hybrid", n_jobs=3):
+        assert Parallel(require="sharedmem")(delayed(task)(i) for i in range(30)) == list(range(30))
+    assert max(most) <= 3
+
+
+# ---- global random generators
+
+
+def draw(_):
+    np.random.seed(3)
+    random.seed(3)
+    return np.random.randn(3).tolist(), random.random()
+
+
+@pytest.mark.parametrize("n_tasks", [7, 300])
+def test_tasks_that_seed_leave_the_generator_of_tasks_its_stream(n_tasks):
+    """What the user's generator draws must not depend on which tasks the calling thread ran."""
+    np.random.seed(0)
+    random.seed(0)
+    expected = [(np.random.randn(), random.random()) for _ in range(n_tasks)]
+    after = np.random.rand(), random.random()
+    np.random.seed(0)
+    random.seed(0)
+    drawn = []
+
+    def tasks():
+        for _ in range(n_tasks):
+            drawn.append((np.random.randn(), random.random()))
+            yield delayed(draw)(0)
+
+    with parallel_backend("hybrid", n_jobs=2):
+        results = Parallel()(tasks())
+    assert drawn == expected
+    assert (np.random.rand(), random.random()) == after
+    assert results == [results[0]] * n_tasks
+
+
+def test_tasks_that_do_not_seed_draw_different_numbers():
+    with parallel_backend("hybrid", n_jobs=2):
+        drawn = Parallel(batch_size=1)(delayed(np.random.rand)() for _ in range(50))
+        drawn += Parallel(batch_size=1)(delayed(np.random.rand)() for _ in range(50))
+    assert len(set(drawn)) == 100
+
+
+def test_the_streams_are_apart_even_where_the_user_changed_the_generator():
+    before = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(1))
+        expected = np.random.RandomState(np.random.PCG64(1)).rand(2)
+        first = np.random.rand()
+        with task_randomness.separate():
+            np.random.rand(5)
+        assert [first, np.random.rand()] == list(expected)
+    finally:
+        np.random.set_bit_generator(before)
+
+
+def test_a_normal_number_that_waits_stays_with_its_owner():
+    np.random.seed(0)
+    expected = np.random.RandomState(0).randn(4)
+    drawn = []
+    for _ in range(4):
+        drawn.append(np.random.randn())
+        with task_randomness.separate():
+            np.random.randn()
+    assert drawn == list(expected)
+
+
+def test_the_calls_of_several_threads_leave_the_parents_stream_alone():
+    def call():
+        with parallel_backend("hybrid", n_jobs=2):
+            for _ in range(20):
+                Parallel()(delayed(draw)(0) for _ in range(10))
+
+    np.random.seed(0)
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert np.random.rand() == np.random.RandomState(0).rand()
+
+
+# ---- the budget
+
+
+def test_the_last_fold_of_three_has_both_cores_for_its_nested_calls():
+    """Two run side by side with a core each; the third starts when nothing else waits or runs."""
+    order = threading.Barrier(2)
+
+    def task(i):
+        if i < 2:
+            order.wait(LONG)
+        else:
+            time.sleep(0.02)  # until the second has ended, too
+        return joblib.effective_n_jobs(-1)
+
+    with parallel_backend("hybrid", n_jobs=2, tier="threads"):
+        shares = Parallel(batch_size=1)(delayed(task)(i) for i in range(3))
+    assert shares[:2] == [max(1, joblib.cpu_count() // 2)] * 2
+
+
+def test_nothing_is_learned_inside_tasks():
+    def outer(i):
+        return Parallel(n_jobs=2)(delayed(square)(j) for j in range(3))
+
+    with parallel_backend("hybrid", n_jobs=2, tier="threads"):
+        assert Parallel()(delayed(outer)(i) for i in range(2)) == [[0, 1, 4]] * 2
+    assert "0 kinds" in repr(Profile.shared())
