@@ -416,7 +416,7 @@ def test_forks_that_end_before_they_are_ready_are_replaced_by_fresh_interpreters
 
 def test_a_pool_whose_workers_cannot_be_started_says_so(pool, monkeypatch):
     WorkerPool.close_all()
-    monkeypatch.setattr("joblib_backends.workers.pool.start_worker", lambda *a, **k: raises(OSError("no memory")))
+    monkeypatch.setattr("joblib_backends.workers.pool.start_worker", lambda *_, **__: raises(OSError("no memory")))
     call = pool.join(2)
     with pytest.raises(WorkerLostError, match="no memory"):
         call.submit(abs, -1).result(LONG)
@@ -616,6 +616,30 @@ def test_workers_end_with_the_interpreter_quickly_and_quietly(tmp_path):
     out, err = parent.communicate(timeout=LONG)
     assert (parent.returncode, out, err) == (0, "", "")
     assert not any(map(psutil.pid_exists, pids))
+
+
+def test_an_interpreter_that_ends_while_workers_start_does_not_wait_for_them(tmp_path):
+    code = """
+        import sklearn.ensemble, sys, threading, time
+        from joblib_backends.workers.pool import WorkerPool
+        from joblib_backends.workers.server import ForkServer
+        pool = WorkerPool.get(b"", 300.0)
+        pool.warm_up(2, frozenset({"sklearn"}))
+        while ForkServer._current is None:
+            time.sleep(0.001)
+        begin = time.perf_counter()
+        WorkerPool.close_all()
+        print(ForkServer._current, pool.n_workers, ForkServer.enabled, ForkServer._unsafe == set())
+        print("late" if time.perf_counter() - begin > 5 else "soon")
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=LONG, check=False)
+    assert (done.stdout, done.stderr) == ("None 0 True True\nsoon\n", "")
+
+
+def test_a_task_that_forks_answers_once(call):
+    assert call.submit(os.fork).result(LONG) > 0
+    assert results(call.submit(abs, -i) for i in range(6)) == list(range(6))
 
 
 def test_a_forked_child_has_workers_of_its_own_and_leaves_the_parents_alone(tmp_path):

@@ -49,7 +49,7 @@ def run_worker(sock: socket.socket, n_threads: int = 0) -> None:
 
 
 def _serve(sock: socket.socket, n_threads: int) -> None:
-    is_known = False
+    is_known, own_pid = False, os.getpid()
     while (frame := frames.receive(sock)) is not None:
         kind, body = frame
         del frame
@@ -60,6 +60,8 @@ def _serve(sock: socket.socket, n_threads: int) -> None:
                 is_known = True
             continue
         kind, answer = _run(body)
+        if os.getpid() != own_pid:
+            os._exit(0)  # a task forked and came back twice: one process answers, the parent's worker
         # A worker that waits must hold no data of the last batch, and of a large result only one copy while it travels.
         del body
         frames.send(sock, kind, answer)

@@ -87,6 +87,8 @@ class WorkerPool:
         pools = list(cls._all)
         for pool in pools:
             pool.close()
+        # A server that imports still would be waited for.
+        ForkServer.interrupt()
         for pool in pools:
             collector = pool._collector
             if collector is not None and collector.thread is not threading.current_thread():
@@ -99,6 +101,8 @@ class WorkerPool:
         for pool in list(cls._all):
             if pool._collector is not None:
                 pool._collector.forget_in_child()
+            for queue in pool._roster.calls:
+                queue.is_over = True
             pool.__init__(pool._idle_timeout_s)  # type: ignore[misc]
         cls._pools, cls._registry_lock = {}, threading.Lock()
         ForkServer.forget_in_child()
@@ -240,15 +244,21 @@ class WorkerPool:
             thread = threading.Thread(target=self._start_workers, args=(n, self._generation), name=name, daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # the interpreter ends, or the system has no thread left
-                self._start_failed(error, n)
+            except BaseException as error:
+                # The interpreter ends, the system has no thread left, or Ctrl-C came before the thread was there.
+                if thread.ident is None:
+                    self._start_failed(error, n)
+                if not isinstance(error, RuntimeError):
+                    raise
 
     def _start_workers(self, n: int, generation: int) -> None:
         for remaining in range(n, 0, -1):
             preparation = self._preparation
             try:
                 may_fork = self._n_stillborn["forked"] < _TRIES
-                process = start_worker(preparation, self._packages, may_fork=may_fork)
+                process = start_worker(
+                    preparation, self._packages, lambda: generation == self._generation, may_fork=may_fork
+                )
             except BaseException as error:
                 self._start_failed(error, remaining)
                 return

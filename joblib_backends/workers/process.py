@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from loky.backend.context import get_context
@@ -23,7 +24,9 @@ from .server import ForkServer, ServerError
 __all__ = ["ForkedWorker", "SpawnedWorker", "WorkerProcess", "start_worker"]
 
 
-def start_worker(preparation: bytes, packages: frozenset[str], *, may_fork: bool = True) -> WorkerProcess:
+def start_worker(
+    preparation: bytes, packages: frozenset[str], is_wanted: Callable[[], bool], *, may_fork: bool = True
+) -> WorkerProcess:
     """Start a worker in the fastest way that works here; takes 10 ms, or seconds. Thread-safe.
 
     Parameters
@@ -32,8 +35,15 @@ def start_worker(preparation: bytes, packages: frozenset[str], *, may_fork: bool
         The parent's ``snapshot()``.
     packages : frozenset of str
         What the tasks need; a hint.
+    is_wanted : callable
+        Whether the worker is still wanted, asked before each attempt.
     may_fork : bool
         Whether a server may be used.
+
+    Raises
+    ------
+    ServerError
+        If the worker is not wanted any more.
     """
     while may_fork and ForkServer.enabled:
         try:
@@ -43,8 +53,9 @@ def start_worker(preparation: bytes, packages: frozenset[str], *, may_fork: bool
         try:
             return ForkedWorker(preparation, server)
         except ServerError:
-            if not ForkServer.give_up(server):
-                break
+            may_fork = ForkServer.give_up(server) and is_wanted()
+    if not is_wanted():
+        raise ServerError("the pool was closed")
     return SpawnedWorker(preparation)
 
 

@@ -85,7 +85,11 @@ class Roster:
                 batch.future.set_running_or_notify_cancel()
         queue.waiting.clear()
         busy = [m for m in self.members if m.running is not None and m.running.queue is queue]
-        return [batch for member in busy for batch in self.doom(member)]
+        batches = [batch for member in busy for batch in self.doom(member)]
+        # Found again rather than trusted: Ctrl-C may have hit the caller between two steps of ``dispatch``.
+        free = [m for m in self.members if m.is_ready and m.running is None and not m.is_cut]
+        self.idle = sorted(free, key=lambda member: member.idle_since)
+        return batches
 
     def doom(self, member: Member) -> list[Batch]:
         """Give a worker up and return the batches that it had."""

@@ -31,7 +31,7 @@ import socket
 import subprocess
 import sys
 import threading
-from multiprocessing import resource_tracker, util
+from multiprocessing import resource_tracker, spawn, util
 from typing import Any, ClassVar, Final
 
 from .forking import FORK, KILL, LENGTH, REQUEST, RETIRE, STATUS
@@ -58,7 +58,8 @@ class ForkServer:
     """
 
     #: Whether servers may be used at all. Elsewhere fork is missing, or system libraries do not survive it (macOS).
-    enabled: ClassVar[bool] = sys.platform == "linux"
+    #: A frozen program has no interpreter to start one with.
+    enabled: ClassVar[bool] = sys.platform == "linux" and not getattr(sys, "frozen", False)
 
     _current: ClassVar[ForkServer | None] = None
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -86,9 +87,10 @@ class ForkServer:
         with cls._lock:
             if cls._current is server:
                 cls._current = None
-            cls._unsafe |= server._packages
-            # A server with nothing but our own needs will not do better the next time.
-            cls.enabled = cls.enabled and bool(server._packages)
+            if not server._is_interrupted:
+                cls._unsafe |= server._packages
+                # A server with nothing but our own needs will not do better the next time.
+                cls.enabled = cls.enabled and bool(server._packages)
             server._n_workers -= 1
             server._retire()
             return cls.enabled
@@ -105,12 +107,12 @@ class ForkServer:
         self._packages = packages
         self._variables = thread_variables()
         self._n_workers = 0
-        self._is_retired = False
+        self._is_retired = self._is_interrupted = self._has_forked = False
         self._control, theirs = socket.socketpair()
         with theirs:
             program = f"from joblib_backends.workers.forking import serve; serve({theirs.fileno()})"
             self._process = subprocess.Popen(
-                [sys.executable, *util._args_from_interpreter_flags(), "-c", _with_path(program)],  # type: ignore[attr-defined]
+                [spawn.get_executable(), *util._args_from_interpreter_flags(), "-c", _with_path(program)],  # type: ignore[attr-defined]
                 env=environment_of_server(),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -154,6 +156,7 @@ class ForkServer:
         except BaseException:
             os.close(status)
             raise
+        self._has_forked = True
         return answer, status
 
     def kill(self, pid: int) -> None:
@@ -171,6 +174,14 @@ class ForkServer:
             self._n_workers -= 1
             if self._is_retired and not self._n_workers:
                 self._wait()
+
+    @classmethod
+    def interrupt(cls) -> None:
+        """Kill servers that have not forked yet: they import, which nobody wants to wait for any more."""
+        for server in list(cls._all):
+            if not server._has_forked:
+                server._is_interrupted = True
+                server._process.kill()
 
     @classmethod
     def stop_idle(cls) -> None:
