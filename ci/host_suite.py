@@ -1,4 +1,4 @@
-"""Run joblib's own tests of Parallel over our backend, once for each local tier.
+"""Run joblib's own tests of Parallel over our backend, once for "auto" and for each local tier.
 
 joblib parametrizes ``joblib/test/test_parallel.py`` over every registered backend, so importing ours before
 the collection makes that suite our conformance kit. This file is both the command and the pytest plugin.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-TIERS = ("inline", "threads", "processes")
+TIERS = ("auto", "inline", "threads", "processes")
 
 _UNKNOWN_NAME = (
     "joblib's own loky workers start without our package, so a name that the parent registered is unknown there; "

@@ -358,7 +358,8 @@ class Call:
             return False
         tier = self._waiting[0].tier
         assert tier is not None
-        return tier.runs_in_caller == in_caller and len(self._in_flight) < self._n_jobs + tier.look_ahead
+        ahead = 0 if self._joblib_polls and tier.binds_early else tier.look_ahead
+        return tier.runs_in_caller == in_caller and len(self._in_flight) < self._n_jobs + ahead
 
     def _start(self, batch: _Batch) -> None:
         tier = batch.tier

@@ -83,6 +83,10 @@ class Tier(ABC):
     #: Whether ``submit`` runs the batch itself; it is then called by the thread that asks for the result.
     runs_in_caller: ClassVar[bool] = False
 
+    #: Whether a batch that is handed over ahead of time waits for one worker, and so may wait for a long batch while
+    #: another worker is idle. Then nothing is handed over ahead where results are wanted in the order of their end.
+    binds_early: ClassVar[bool] = False
+
     #: Tasks per job to take from the user's generator ahead of time, where joblib's default of 2 lets workers wait for
     #: the network. A ``pre_dispatch`` that the user gave is never changed.
     pre_dispatch_per_job: ClassVar[int | None] = None

@@ -31,6 +31,7 @@ class ProcessesTier(Tier):
 
     name = "processes"
     shares_memory = False
+    binds_early = True
 
     @classmethod
     def capacity(cls, config: Config) -> int:
