@@ -288,7 +288,7 @@ def test_a_server_with_threads_is_not_used(monkeypatch, pool):
     monkeypatch.setattr(
         server, "modules_to_preload", lambda packages: [*real(packages), *({"threaded_module"} & packages)]
     )
-    monkeypatch.setattr(pool, "_packages", frozenset({"threaded_module"}))
+    monkeypatch.setattr(pool._starter, "packages", frozenset({"threaded_module"}))
     try:
         call = pool.join(2)
         assert call.submit(count_threads).result(LONG) == 1
@@ -416,7 +416,7 @@ def test_forks_that_end_before_they_are_ready_are_replaced_by_fresh_interpreters
 
 def test_a_pool_whose_workers_cannot_be_started_says_so(pool, monkeypatch):
     WorkerPool.close_all()
-    monkeypatch.setattr("joblib_backends.workers.pool.start_worker", lambda *_, **__: raises(OSError("no memory")))
+    monkeypatch.setattr("joblib_backends.workers.starter.start_worker", lambda *_, **__: raises(OSError("no memory")))
     call = pool.join(2)
     with pytest.raises(WorkerLostError, match="no memory"):
         call.submit(abs, -1).result(LONG)

@@ -1,0 +1,201 @@
+"""What happens in a pool: the lock and what may be done under it, the starts of workers, what comes from them.
+
+The picture, and who calls what in which thread, are in ``pool.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import ClassVar
+
+from . import frames
+from .calls import CallQueue
+from .collector import Collector
+from .completions import Completions, complete, load, lost
+from .member import Member
+from .roster import Roster
+from .starter import Starter
+
+__all__ = ["PoolCore"]
+
+
+class PoolCore:
+    """The inside of a pool. One lock guards the roster and the starter; it is held for microseconds."""
+
+    #: Seconds from the last cold start to its first worker that was ready; None if there was none.
+    startup_seconds: ClassVar[float | None] = None
+
+    def __init__(self, idle_timeout_s: float) -> None:
+        self._idle_timeout_s = idle_timeout_s
+        self._lock = threading.Lock()
+        self._roster = Roster()
+        self._over: deque[CallQueue] = deque()
+        self._collector: Collector | None = None
+        self._starter = Starter()
+
+    def __repr__(self) -> str:
+        return f"<WorkerPool {self.n_workers} workers, {len(self._roster.calls)} calls>"
+
+    @property
+    def n_workers(self) -> int:
+        """The processes that run or are being started."""
+        return len(self._roster.members) + self._starter.n_starting
+
+    @property
+    def n_ready(self) -> int:
+        """The workers that could take a batch now, or work."""
+        return sum(member.is_ready for member in list(self._roster.members))
+
+    # ---- called with the lock held
+
+    @contextmanager
+    def _held(self) -> Iterator[Completions]:
+        """Hold the lock, then complete the futures that the block has put into the list."""
+        done: Completions = []
+        with self._lock:
+            yield done
+        self._settle(done)
+
+    def _settle(self, done: Completions) -> None:
+        """End the calls that are over, then complete futures. Called without the lock.
+
+        Race: a call may end while the lock is held, by another thread or by a finalizer in this one. It is then left
+        to whoever holds the lock, who comes here after letting go.
+        """
+        while self._over and self._lock.acquire(blocking=False):
+            try:
+                while self._over:
+                    aborted = self._roster.leave(self._over.popleft())
+                    done += [(batch.future, None, CancelledError("The call was aborted.")) for batch in aborted]
+                self._dispatch()
+                if self._collector is not None:
+                    self._collector.wake()
+            finally:
+                self._lock.release()
+        complete(done)
+
+    def _dispatch(self) -> None:
+        if self._roster.dispatch(self._starter.preparation, time.perf_counter()) and self._collector is not None:
+            self._collector.wake()
+
+    def _count_start(self, n_workers: int) -> int:
+        """Return how many workers the caller must start, once it has let go of the lock, to have ``n_workers``."""
+        n = n_workers - self.n_workers
+        if n <= 0:
+            return 0
+        self._starter.count(n, is_cold=not self.n_workers)
+        if self._collector is None:
+            self._collector = Collector(self)
+            self._collector.start()
+        return n
+
+    # ---- called in threads that start workers
+
+    def _start(self, n: int) -> None:
+        if n:
+            name = "joblib_backends-pool-start"
+            arguments = (n, self._starter.generation)
+            thread = threading.Thread(target=self._start_workers, args=arguments, name=name, daemon=True)
+            try:
+                thread.start()
+            except BaseException as error:
+                # The interpreter ends, the system has no thread left, or Ctrl-C came before the thread was there.
+                if thread.ident is None:
+                    self._start_failed(error, n)
+                if not isinstance(error, RuntimeError):
+                    raise
+
+    def _start_workers(self, n: int, generation: int) -> None:
+        for remaining in range(n, 0, -1):
+            try:
+                member = self._starter.start_one(generation)
+            except BaseException as error:
+                self._start_failed(error, remaining)
+                return
+            with self._held():
+                self._starter.n_starting -= 1
+                self._roster.members.append(member)
+                if generation != self._starter.generation:
+                    self._roster.doom(member)  # the pool was closed meanwhile
+                assert self._collector is not None
+                self._collector.add(member)
+
+    def _start_failed(self, error: BaseException, n: int) -> None:
+        """Go on with the workers that there are; without any, waiting batches fail."""
+        with self._held() as done:
+            self._starter.n_starting -= n
+            if not self.n_workers:
+                done += lost(self._roster.drop_waiting(), f"no worker process can be started: {error}", error)
+            if self._collector is not None:
+                self._collector.wake()
+
+    # ---- called in the collector
+
+    def came(self, member: Member, received: Sequence[frames.Frame]) -> None:
+        """Take what a worker has sent, and write what is left for it."""
+        answers = [(kind, load(kind, body)) for kind, body in received]
+        with self._held() as done:
+            if member.is_doomed:
+                return
+            now = time.perf_counter()
+            for kind, (result, error) in answers:
+                if kind == frames.HELLO:
+                    self._greet(member, now)
+                elif (batch := member.finish(now)) is not None:
+                    done.append((batch.future, result, error))
+                if member.running is None:
+                    self._roster.idle.append(member)
+            member.flush()
+            self._dispatch()
+
+    def _greet(self, member: Member, now: float) -> None:
+        member.is_ready, member.idle_since = True, now
+        seconds = self._starter.is_ready(member)
+        if seconds is not None:
+            type(self).startup_seconds = seconds
+
+    def cut(self, member: Member) -> None:
+        """Give a worker whose connection has ended no more work."""
+        with self._held():
+            self._roster.cut(member)
+
+    def ended(self, member: Member, how: str) -> None:
+        """Fail what a dead worker ran, and have it replaced while there is work."""
+        with self._held() as done:
+            running = self._roster.remove(member)
+            if running is not None:
+                done += lost([running], how)
+            if not member.is_ready and not member.is_doomed and self._starter.is_stillborn(member):
+                why = f"new worker processes ended before they could take a batch: {how}"
+                done += lost(self._roster.drop_waiting(), why)
+            self._dispatch()
+            starts = self._count_start(self._roster.n_wanted)
+        self._start(starts)
+
+    def look_after(self, collector: Collector) -> float | None:
+        """End workers that have been idle for long; return when to look again, negative to end the thread."""
+        with self._held():
+            now = time.perf_counter()
+            since = self._roster.end_idle(now - self._idle_timeout_s)
+            if not self.n_workers and not self._roster.doomed:
+                if self._collector is collector:
+                    self._collector = None
+                    self._starter.forgive()
+                return -1.0
+            return None if since is None else max(0.0, since + self._idle_timeout_s - now)
+
+    def failed(self, error: BaseException) -> None:
+        """Fail everything: the collector is gone, and with it the workers."""
+        with self._held() as done:
+            self._collector = None
+            self._starter.generation += 1
+            batches = self._roster.drop_waiting()
+            for member in list(self._roster.members):
+                batches += self._roster.doom(member)
+            self._roster.doomed.clear()
+            done += lost(batches, f"the pool of workers failed: {type(error).__name__}: {error}", error)
