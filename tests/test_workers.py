@@ -466,6 +466,7 @@ def test_calls_are_served_in_turn(pool, tmp_path):
 def test_short_batches_are_sent_ahead_and_long_ones_are_not():
     queue = CallQueue(2)
     queue.waiting.append(None)
+    queue.n_running = 2
     assert not queue.may_prefetch
     queue.note(0.001)
     assert queue.may_prefetch

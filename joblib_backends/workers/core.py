@@ -44,7 +44,7 @@ class PoolCore:
     @property
     def n_workers(self) -> int:
         """The processes that run or are being started."""
-        return len(self._roster.members) + self._starter.n_starting
+        return len(self._roster.members) + len(self._starter.starting)
 
     @property
     def n_ready(self) -> int:
@@ -83,52 +83,56 @@ class PoolCore:
         if self._roster.dispatch(self._starter.preparation, time.perf_counter()) and self._collector is not None:
             self._collector.wake()
 
-    def _count_start(self, n_workers: int) -> int:
-        """Return how many workers the caller must start, once it has let go of the lock, to have ``n_workers``."""
+    def _note_start(self, n_workers: int) -> list[object]:
+        """Return a token for each worker that the caller must start, once it has let go of the lock."""
         n = n_workers - self.n_workers
         if n <= 0:
-            return 0
-        self._starter.count(n, is_cold=not self.n_workers)
+            return []
+        tokens = self._starter.note(n, is_cold=not self.n_workers)
+        self._running_collector()
+        return tokens
+
+    def _running_collector(self) -> Collector:
         if self._collector is None:
             self._collector = Collector(self)
             self._collector.start()
-        return n
+        return self._collector
 
     # ---- called in threads that start workers
 
-    def _start(self, n: int) -> None:
-        if n:
+    def _start(self, tokens: list[object]) -> None:
+        if tokens:
             name = "joblib_backends-pool-start"
-            arguments = (n, self._starter.generation)
+            arguments = (tokens, self._starter.generation)
             thread = threading.Thread(target=self._start_workers, args=arguments, name=name, daemon=True)
             try:
                 thread.start()
             except BaseException as error:
-                # The interpreter ends, the system has no thread left, or Ctrl-C came before the thread was there.
-                if thread.ident is None:
-                    self._start_failed(error, n)
+                # The interpreter ends, the system has no thread left, or Ctrl-C: the thread may run nevertheless.
+                self._start_failed(error, tokens)
                 if not isinstance(error, RuntimeError):
                     raise
 
-    def _start_workers(self, n: int, generation: int) -> None:
-        for remaining in range(n, 0, -1):
+    def _start_workers(self, tokens: list[object], generation: int) -> None:
+        for token in tokens:
+            if token not in self._starter.starting:
+                continue
             try:
                 member = self._starter.start_one(generation)
             except BaseException as error:
-                self._start_failed(error, remaining)
+                self._start_failed(error, tokens)
                 return
             with self._held():
-                self._starter.n_starting -= 1
                 self._roster.members.append(member)
-                if generation != self._starter.generation:
-                    self._roster.doom(member)  # the pool was closed meanwhile
-                assert self._collector is not None
-                self._collector.add(member)
+                if token not in self._starter.starting or generation != self._starter.generation:
+                    self._roster.doom(member)  # struck out, or the pool was closed meanwhile
+                self._starter.starting.discard(token)
+                self._running_collector().add(member)
 
-    def _start_failed(self, error: BaseException, n: int) -> None:
+    def _start_failed(self, error: BaseException, tokens: list[object]) -> None:
         """Go on with the workers that there are; without any, waiting batches fail."""
         with self._held() as done:
-            self._starter.n_starting -= n
+            self._starter.starting.difference_update(tokens)
             if not self.n_workers:
                 done += lost(self._roster.drop_waiting(), f"no worker process can be started: {error}", error)
             if self._collector is not None:
@@ -174,7 +178,7 @@ class PoolCore:
                 why = f"new worker processes ended before they could take a batch: {how}"
                 done += lost(self._roster.drop_waiting(), why)
             self._dispatch()
-            starts = self._count_start(self._roster.n_wanted)
+            starts = self._note_start(self._roster.n_wanted)
         self._start(starts)
 
     def look_after(self, collector: Collector) -> float | None:

@@ -107,7 +107,7 @@ class WorkerPool(PoolCore):
         with self._held():
             self._starter.take_over(preparation)
             self._starter.packages |= packages
-            starts = self._count_start(n_workers)
+            starts = self._note_start(n_workers)
         self._start(starts)
 
     def join(self, n_jobs: int) -> PoolCall:
@@ -131,7 +131,7 @@ class WorkerPool(PoolCore):
                 return
             batch.queue.waiting.append(batch)
             self._dispatch()
-            starts = self._count_start(self._roster.n_wanted)
+            starts = self._note_start(self._roster.n_wanted)
         self._start(starts)
 
     def end_call(self, queue: CallQueue) -> None:

@@ -25,8 +25,9 @@ class Starter:
         self.preparation = b""
         #: What tasks need, as far as it is known.
         self.packages: frozenset[str] = frozenset()
-        #: Workers on their way.
-        self.n_starting = 0
+        #: A token for each worker on its way. Not a count: Ctrl-C in ``Thread.start`` leaves open whether the thread
+        #: will run, and both sides may strike out the same start.
+        self.starting: set[object] = set()
         #: Counts the ends of the pool: a worker that comes from before one is not wanted any more.
         self.generation = 0
         self._n_stillborn = {"forked": 0, "spawned": 0}
@@ -37,11 +38,13 @@ class Starter:
         if preparation != self.preparation:
             self.preparation = preparation
 
-    def count(self, n: int, *, is_cold: bool) -> None:
-        """Note that ``n`` workers are going to be started."""
+    def note(self, n: int, *, is_cold: bool) -> list[object]:
+        """Note that ``n`` workers are going to be started, and return their tokens."""
         if is_cold:
             self._cold_since = time.perf_counter()
-        self.n_starting += n
+        tokens = [object() for _ in range(n)]
+        self.starting.update(tokens)
+        return tokens
 
     def start_one(self, generation: int) -> Member:
         """Start a worker; takes 10 ms, or seconds. Not under the lock."""
