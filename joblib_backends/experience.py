@@ -7,6 +7,7 @@ is waiting: for the GIL, for memory, for I/O.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ __all__ = ["BatchSeen", "Experience", "TierSeen", "solo_seconds"]
 
 #: How much the newest call counts against all earlier ones.
 _NEWEST: Final = 0.5
+
+#: Calls after which what is known of tiers that are not used is forgotten, since the machine may have been busy then.
+_FORGETS_AFTER: Final = 64
 
 #: Below this share of CPU time a task on a tier was kept waiting.
 _WAITS: Final = 0.75
@@ -36,6 +40,9 @@ class BatchSeen(NamedTuple):
     wall_s: float
     cpu_s: float
     delay_s: float = 0.0
+    #: Seconds since the batch before it in which the call had anything running. The time in which a slow generator
+    #: kept everybody waiting is not among them; what handing over and taking back cost is.
+    busy_s: float = 0.0
 
 
 @dataclass
@@ -46,14 +53,18 @@ class TierSeen:
     n_tasks: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
+    busy_s: float = 0.0
+    delay_s: float = 0.0
 
     def add(self, batch: BatchSeen) -> None:
         """Take a batch in; times that a jumping clock made are taken as zero."""
-        cpu_s = _sane(batch.cpu_s)
+        wall_s, cpu_s, delay_s = _sane(batch.wall_s), _sane(batch.cpu_s), _sane(batch.delay_s)
         self.n_batches += 1
         self.n_tasks += batch.n_tasks
-        self.wall_s += max(_sane(batch.wall_s) - _sane(batch.delay_s), min(cpu_s, _sane(batch.wall_s)))
+        self.wall_s += max(wall_s - delay_s, min(cpu_s, wall_s))
         self.cpu_s += cpu_s
+        self.busy_s += _sane(batch.busy_s)
+        self.delay_s += min(delay_s, wall_s)
 
     @property
     def task_s(self) -> float:
@@ -64,6 +75,10 @@ class TierSeen:
     def efficiency(self) -> float:
         """CPU time over time: 1 for a task that computes and is never kept from it. Zero times count as that."""
         return self.cpu_s / self.wall_s if self.wall_s > 0 else 1.0
+
+    def pace_s(self, n_jobs: int) -> float:
+        """Return the seconds in which the call got a task done here, all jobs together, were the machine not busy."""
+        return max(self.busy_s - self.delay_s / max(1, n_jobs), self.cpu_s / max(1, n_jobs)) / max(1, self.n_tasks)
 
     def useful_slots(self, n_jobs: int, cores: int) -> float:
         """Return how many of ``n_jobs`` such tasks a machine with ``cores`` can run at full speed at once."""
@@ -84,20 +99,32 @@ class Experience:
         Seconds of a task on each tier that was used, beside its neighbours.
     efficiency : mapping of str to float
         CPU time over time there.
+    pace_s : mapping of str to float
+        Seconds in which a call there got a task done, all jobs together.
+    n_calls : float
+        Calls that showed it.
     """
 
     solo_s: float
     n_tasks: float
     task_s: Mapping[str, float] = field(default_factory=dict)
     efficiency: Mapping[str, float] = field(default_factory=dict)
+    pace_s: Mapping[str, float] = field(default_factory=dict)
+    n_calls: float = 1.0
 
     def merged(self, newer: Experience) -> Experience:
-        """Return what is known after a newer call; tiers that it did not use keep what was known of them."""
+        """Return what is known after a newer call.
+
+        Tiers that it did not use keep what was known of them for some calls; then they get another chance.
+        """
+        older = self if (self.n_calls + 1) % _FORGETS_AFTER else Experience(self.solo_s, self.n_tasks)
         return Experience(
             _mean(self.solo_s, newer.solo_s),
             _mean(self.n_tasks, newer.n_tasks),
-            _merged(self.task_s, newer.task_s),
-            _merged(self.efficiency, newer.efficiency),
+            _merged(older.task_s, newer.task_s),
+            _merged(older.efficiency, newer.efficiency),
+            _merged(older.pace_s, newer.pace_s),
+            self.n_calls + 1,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,6 +134,8 @@ class Experience:
             "n_tasks": self.n_tasks,
             "task_s": dict(self.task_s),
             "efficiency": dict(self.efficiency),
+            "pace_s": dict(self.pace_s),
+            "n_calls": self.n_calls,
         }
 
     @classmethod
@@ -118,11 +147,11 @@ class Experience:
         ValueError
             If ``data`` is anything else, a number out of its range included.
         """
-        if not isinstance(data, dict) or data.keys() != {"solo_s", "n_tasks", "task_s", "efficiency"}:
+        if not isinstance(data, dict) or data.keys() != {field.name for field in dataclasses.fields(cls)}:
             raise ValueError("an entry is not that of a kind of task")
-        return cls(
-            _time(data["solo_s"]), _time(data["n_tasks"]), _times(data["task_s"]), _times(data["efficiency"])
-        )
+        numbers = {name: _number(data[name]) for name in ("solo_s", "n_tasks", "n_calls")}
+        by_tier = {name: _numbers(data[name]) for name in ("task_s", "efficiency", "pace_s")}
+        return cls(numbers["solo_s"], numbers["n_tasks"], **by_tier, n_calls=numbers["n_calls"])
 
 
 def solo_seconds(seen: Mapping[str, TierSeen], n_jobs: int) -> float | None:
@@ -159,14 +188,14 @@ def _merged(older: Mapping[str, float], newer: Mapping[str, float]) -> dict[str,
     return {**older, **{name: _mean(older.get(name, value), value) for name, value in newer.items()}}
 
 
-def _time(value: Any) -> float:
+def _number(value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not 0 <= value <= _LONGEST_S:
         raise ValueError(f"{value!r} is not a number of seconds or tasks")
     return float(value)
 
 
-def _times(value: Any) -> dict[str, float]:
+def _numbers(value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{value!r} is not a number for each tier")
-    return {name: _time(number) for name, number in value.items()}
+    return {name: _number(number) for name, number in value.items()}

@@ -28,7 +28,7 @@ __all__ = ["Pilot"]
 
 #: Seconds between two decisions, once the first few batches were seen one by one.
 _DECIDE_EVERY_S: Final = 0.02
-_SEEN_ONE_BY_ONE: Final = 16
+_SEEN_ONE_BY_ONE: Final = 4
 
 #: Seconds that a worker start is expected to take before one was measured (benchmarks/workers.py).
 _STARTUP_S: Final = 2.0
@@ -66,6 +66,7 @@ class Pilot:
         self._decided = 0.0
         self._workers_asked = False
         self._task_s = 0.0
+        self._busy_s = 0.0
         self.plan = choose_tier(facts)
         #: Seconds that the call was predicted to take when something was first known of it.
         self.predicted_s: float | None = None
@@ -134,12 +135,13 @@ class Pilot:
 
     # ---- after a batch, or while one takes long
 
-    def observe(self, tier: str, n_tasks: int, spent: Spent) -> None:
-        """Take in what a finished batch spent."""
+    def observe(self, tier: str, n_tasks: int, spent: Spent, busy_s: float) -> None:
+        """Take in what a finished batch spent, and how long the call has been running anything so far."""
         self._task_s = spent.wall / max(1, n_tasks)
         with self._lock:
             self._n_seen += 1
-            self._planner.observe(BatchSeen(tier, n_tasks, spent.wall, spent.cpu, spent.delay))
+            newly_busy_s, self._busy_s = max(0.0, busy_s - self._busy_s), max(busy_s, self._busy_s)
+            self._planner.observe(BatchSeen(tier, n_tasks, spent.wall, spent.cpu, spent.delay, newly_busy_s))
 
     def replan(self, progress: Progress) -> bool:
         """Decide again if there is something to decide and enough was seen; return whether the tier changed."""

@@ -10,8 +10,9 @@ The cost of finishing a call on a tier, in seconds::
     + bytes to place                                                        data, processes only
     + what it costs to get going there                                      call
 
-``task there`` is measured, in this call or an earlier one of the same kind; only for a tier that was never tried it is
-derived from the time of a task that runs alone. Workers that are not there yet cost no time while others work, so they
+Where a tier was used, in this call or an earlier one of the same kind, all of this was measured at once, as the pace at
+which tasks got done; only for a tier that was never tried it is derived from the time of a task that runs alone.
+Workers that are not there yet cost no time while others work, so they
 are started as soon as what is left would outlast their start, and used when they are there.
 
 How much is left is known if the call has a length or the kind of task was seen before. If not, as much again as was
@@ -257,6 +258,12 @@ class CallPlanner:
             self._n_done,
             {name: seen.task_s for name, seen in self._seen.items()},
             {name: min(1.0, seen.efficiency) for name, seen in self._seen.items()},
+            # A tier that had only a part of the call shows no pace of its own.
+            {
+                name: seen.pace_s(self._facts.n_jobs)
+                for name, seen in self._seen.items()
+                if 2 * seen.n_tasks > self._n_done
+            },
         )
 
     # ---- the decision
@@ -323,16 +330,29 @@ class CallPlanner:
         n_batches = -(-n_left // size)
         if tier == "inline":
             return cost.batch_s * n_batches + n_left * solo_s
+        pace_s = self._measured_pace(tier, solo_s)
+        if pace_s is not None:
+            return max(n_left * pace_s, solo_s if n_left else 0.0)
         n_batches = max(n_batches, min(self._facts.n_jobs, n_left))
         handing_over = (0.0 if tier in self._seen else cost.call_s) + cost.batch_s * n_batches
         task_s, slots = self._task_seconds_on(tier, solo_s)
         work = n_left * max(task_s / max(1.0, min(slots, n_left)), cost.task_s)
         return handing_over + work + (self._nbytes / _PLACED_PER_S if self._must_place(tier) else 0.0)
 
+    def _measured_pace(self, tier: str, solo_s: float) -> float | None:
+        """Return the seconds in which a task gets done on ``tier``, if that was measured now or earlier."""
+        seen = self._seen.get(tier)
+        if seen is not None and seen.n_batches >= 2 * self._facts.n_jobs:
+            return seen.pace_s(self._facts.n_jobs)
+        if self._known is None or tier not in self._known.pace_s:
+            return None
+        # This call's tasks may be longer or shorter than those of earlier ones.
+        longer = solo_s / self._known.solo_s if self._known.solo_s > 0 else 1.0
+        return self._known.pace_s[tier] * longer
+
     def _must_place(self, tier: str) -> bool:
-        """Return whether the data is not on ``tier`` yet; what was learned there has its price in."""
-        is_known = self._known is not None and tier in self._known.task_s
-        return tier == "processes" and tier not in self._seen and not is_known
+        """Return whether the data is not on ``tier`` yet."""
+        return tier == "processes" and tier not in self._seen
 
     def _task_seconds_on(self, tier: str, solo_s: float) -> tuple[float, float]:
         """Return the seconds of a task beside its neighbours, and how many of them run at once."""
@@ -342,12 +362,10 @@ class CallPlanner:
             return seen.task_s, seen.useful_slots(n_jobs, cores)
         if self._known is not None and tier in self._known.task_s:
             known = TierSeen(1, 1, self._known.task_s[tier], self._known.task_s[tier] * self._known.efficiency[tier])
-            # What was learned of its neighbours holds; that this call's tasks are longer or shorter alone counts too.
             longer = solo_s / self._known.solo_s if self._known.solo_s > 0 else 1.0
             return known.task_s * longer, known.useful_slots(n_jobs, cores)
         mapping_s = self._nbytes / _MAPPED_PER_S if tier == "processes" else 0.0
-        computes = self._alone_efficiency()
-        slots = TierSeen(1, 1, 1.0, computes).useful_slots(n_jobs, cores)
+        slots = TierSeen(1, 1, 1.0, self._alone_efficiency()).useful_slots(n_jobs, cores)
         return solo_s * _FIRST_GUESS.get(tier, 1.05) + mapping_s, slots
 
     def _alone_efficiency(self) -> float:

@@ -148,6 +148,7 @@ class Call:
         self._feeding = threading.Lock()
         self._waiting: deque[_Batch] = deque()
         self._in_flight: set[_Batch] = set()
+        self._busy_s = self._busy_since = 0.0
         self._unfinished: set[BatchFuture] = set()
         self._n_pending_tasks = 0
         self._first_submit = 0.0
@@ -304,8 +305,7 @@ class Call:
         batch = self._next_to_start(in_caller=True)
         if batch is not None:
             outcome = self._run_here(batch)
-            with self._lock:
-                self._in_flight.discard(batch)
+            self._note_done(batch)
             self._feed()
             if self._caller_completes:
                 self._complete(batch, functools.partial(_same, outcome))
@@ -349,8 +349,20 @@ class Call:
                 return None
             batch = self._waiting.popleft()
             batch.started = time.perf_counter()
+            if not self._in_flight:
+                self._busy_since = batch.started
             self._in_flight.add(batch)
             return batch
+
+    def _note_done(self, batch: _Batch) -> None:
+        with self._lock:
+            self._in_flight.discard(batch)
+            if not self._in_flight:
+                self._busy_s += time.perf_counter() - self._busy_since
+
+    def _busy_seconds(self) -> float:
+        """Return for how long anything has been running, in all. Called under the lock."""
+        return self._busy_s + (time.perf_counter() - self._busy_since if self._in_flight else 0.0)
 
     def _has_one_to_start(self, *, in_caller: bool = False) -> bool:
         # A batch that joblib's callback submits while the call fails or ends must not reach a tier that is closed.
@@ -396,8 +408,7 @@ class Call:
         Until then this callback holds the batch, and with it the files of its residents: the worker opens them when
         it comes to a task, and their owners may be gone by then.
         """
-        with self._lock:
-            self._in_flight.discard(batch)
+        self._note_done(batch)
         if not tier_future.cancelled() and tier_future.exception() is None:
             self._feed()
         self._enqueue(batch, functools.partial(tier.outcome, tier_future))
@@ -482,11 +493,12 @@ class Call:
         with self._lock:
             self._n_pending_tasks -= future.size
             is_wanted = future in self._unfinished
+            busy_s = self._busy_seconds()
             if succeeded:
                 self._unfinished.discard(future)
         self._tally.add_end(future.size, outcome.spent.wall, succeeded=succeeded)
         if succeeded and batch.tier is not None:
-            self._pilot.observe(batch.tier.name, future.size, outcome.spent)
+            self._pilot.observe(batch.tier.name, future.size, outcome.spent, busy_s)
         if is_wanted and outcome.error is not None:
             self._fail(outcome.error, future)
         elif is_wanted:

@@ -150,8 +150,13 @@ def decided(facts, *batches, known=None, nbytes=0, workers=WARM, **progress):
     return plan
 
 
-def on(tier, wall_s, cpu_s=None, n=1, delay_s=0.0):
-    return BatchSeen(tier, n, n * wall_s, n * (wall_s if cpu_s is None else cpu_s), n * delay_s)
+def on(tier, wall_s, cpu_s=None, n=1, delay_s=0.0, n_jobs=2, over_s=0.0):
+    """Return what is seen of a batch of ``n`` tasks while as many others run as there are jobs.
+
+    ``over_s`` is what handing it over and taking it back cost besides.
+    """
+    busy_s = over_s + n * wall_s / (1 if tier == "inline" else n_jobs)
+    return BatchSeen(tier, n, n * wall_s, n * (wall_s if cpu_s is None else cpu_s), n * delay_s, busy_s)
 
 
 def test_unknown_code_begins_where_it_is_safe_and_costs_nothing():
@@ -172,7 +177,7 @@ def test_tiny_tasks_stay_with_the_caller(facts):
 
 
 def test_tiny_tasks_that_began_on_threads_come_back():
-    assert decided(SKLEARN, *[on("threads", 30e-6)] * 4, n_pending=4).tier == "inline"
+    assert decided(SKLEARN, *[on("threads", 30e-6, over_s=60e-6)] * 4, n_pending=4).tier == "inline"
 
 
 def test_long_tasks_that_scale_stay_on_threads():
@@ -190,7 +195,7 @@ def test_code_that_holds_the_gil_moves_to_processes_when_they_are_there():
 
 def test_sixty_four_threads_on_one_gil_are_seen_too():
     facts = Facts(trusted_on_threads=True, n_jobs=64, cores=64)
-    seen = [on("threads", 1.0, 1 / 60)] * 64
+    seen = [on("threads", 1.0, 1 / 60, n_jobs=64)] * 64
     assert decided(facts, *seen, n_tasks=6400, workers=Readiness(64)).tier == "processes"
 
 
@@ -281,7 +286,7 @@ def test_the_last_task_of_a_call_is_not_moved():
 def test_a_cluster_that_happens_to_be_there_is_left_for_tiny_tasks_only():
     facts = Facts(cluster="a Dask client is active", cluster_was_given=False)
     assert decided(facts).tier == "dask"
-    assert decided(facts, *[on("dask", 1e-6, n=100)] * 8, n_tasks=5000).tier == "inline"
+    assert decided(facts, *[on("dask", 1e-6, n=100, over_s=2e-3)] * 8, n_tasks=5000).tier == "inline"
     assert decided(facts, *[on("dask", 0.2)] * 8, n_tasks=5000).tier == "dask"
 
 
@@ -303,7 +308,7 @@ def test_what_was_learned_decides_the_first_batch(known_s):
 
 
 def test_what_was_learned_of_the_gil_is_not_learned_again():
-    known = Experience(0.1, 100, {"threads": 0.2}, {"threads": 0.52})
+    known = Experience(0.1, 100, {"threads": 0.2}, {"threads": 0.52}, {"threads": 0.1})
     assert decided(SKLEARN, known=known).tier == "processes"
 
 

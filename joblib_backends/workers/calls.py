@@ -56,8 +56,12 @@ class CallQueue:
 
     @property
     def may_prefetch(self) -> bool:
-        """Whether a batch waits, and batches are so short that a worker should have its next one at hand."""
-        return bool(self.waiting) and self._mean_s is not None and self._mean_s < _PREFETCH_BELOW_S
+        """Whether a batch waits, and batches are so short that a worker should have its next one at hand.
+
+        While the call may run more than it does, a worker is being started for the batch.
+        """
+        is_short = self._mean_s is not None and self._mean_s < _PREFETCH_BELOW_S
+        return bool(self.waiting) and is_short and self.n_running >= self.n_jobs
 
     def take(self) -> Batch | None:
         """Return the next batch that nobody has cancelled."""
