@@ -206,11 +206,15 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             )
         n_jobs = self.default_n_jobs if n_jobs is None else n_jobs
         plan = choose_tier(self._facts)
-        if n_jobs == 1 or plan.tier == "inline":
+        if n_jobs == 1 or plan.tier == "inline" or self._is_local_choice():
             return resolve_n_jobs(n_jobs, available_cores(self._call_config))
         capacity = load_tier(plan.tier).capacity(self._call_config)
         resolved = resolve_n_jobs(n_jobs, capacity)
         return min(resolved, capacity) if self._is_capped() else resolved
+
+    def _is_local_choice(self) -> bool:
+        """Whether any local tier may be chosen: none is loaded just to count the cores of this machine."""
+        return self._facts.tier == "auto" and not self._facts.wants_cluster and not self._is_capped()
 
     def _is_capped(self) -> bool:
         # scikit-learn asks how many jobs a cluster runs and then wants so many threads of this machine.
@@ -314,7 +318,8 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def _widen_pre_dispatch(self) -> None:
         # joblib reads the attribute after start_call. It is set for each call, so it needs no setting back.
-        per_job = load_tier(choose_tier(self._facts).tier).pre_dispatch_per_job
+        is_local = self._is_local_choice()
+        per_job = None if is_local else load_tier(choose_tier(self._facts).tier).pre_dispatch_per_job
         if self.parallel.pre_dispatch in (_DEFAULT_PRE_DISPATCH, self._own_pre_dispatch):
             self._own_pre_dispatch = _DEFAULT_PRE_DISPATCH if per_job is None else f"{per_job} * n_jobs"
             self.parallel.pre_dispatch = self._own_pre_dispatch

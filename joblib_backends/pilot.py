@@ -20,7 +20,7 @@ from .kinds import kind_of
 from .planner import CallPlanner, Facts, Plan, Progress, Readiness, choose_tier
 from .profile import Profile
 from .thread_safety import may_run_on_threads
-from .tiers import load_tier
+from .tiers import load_tier, loaded_tier
 from .worker import Spent
 from .workers.preload import packages_of
 
@@ -32,6 +32,7 @@ _SEEN_ONE_BY_ONE: Final = 4
 
 #: Seconds that a worker start is expected to take before one was measured (benchmarks/workers.py).
 _STARTUP_S: Final = 2.0
+_NO_WORKERS: Final = Readiness(0, _STARTUP_S)
 
 
 class Pilot:
@@ -91,7 +92,7 @@ class Pilot:
 
     # ---- before a batch
 
-    def meet(self, function: Callable[[], Any], progress: Progress) -> None:
+    def meet(self, function: Callable[[], Any], n_pending: int) -> None:
         """Find out about the call by its first batch, and make the first plan."""
         if self._is_met:
             return
@@ -109,7 +110,7 @@ class Pilot:
                 self._kind = kind.name
                 self._planner = CallPlanner(self._facts, known, kind.nbytes)
                 self._items = getattr(function, "items", None) or [(function, (), {})]
-                self._decide(progress)
+                self._decide(Progress(n_pending, n_tasks=self._n_tasks))
             self._is_met = True
 
     def _trust_matters(self) -> bool:
@@ -123,10 +124,10 @@ class Pilot:
             return plan
         return choose_tier(dataclasses.replace(self._facts, trusted_on_threads=False))
 
-    def batch_size(self, progress: Progress) -> int:
+    def batch_size(self, n_pending: int, *, more_to_come: bool) -> int:
         """Return how many tasks to put into the next batches."""
         with self._lock:
-            return self._planner.batch_size(self._completed(progress))
+            return self._planner.batch_size(Progress(n_pending, more_to_come, self._n_tasks))
 
     @property
     def task_s(self) -> float:
@@ -143,9 +144,9 @@ class Pilot:
             newly_busy_s, self._busy_s = max(0.0, busy_s - self._busy_s), max(busy_s, self._busy_s)
             self._planner.observe(BatchSeen(tier, n_tasks, spent.wall, spent.cpu, spent.delay, newly_busy_s))
 
-    def replan(self, progress: Progress) -> bool:
+    def replan(self, n_pending: int, *, more_to_come: bool, running_s: float = 0.0) -> bool:
         """Decide again if there is something to decide and enough was seen; return whether the tier changed."""
-        if not self.adapts or not self._is_met:
+        if not self.adapts or not self._is_met or not (n_pending or more_to_come):
             return False
         now = time.perf_counter()
         is_early = self._n_seen <= _SEEN_ONE_BY_ONE
@@ -153,12 +154,12 @@ class Pilot:
             return False
         with self._lock:
             before = self.plan.tier
-            self._decide(progress)
+            self._decide(Progress(n_pending, more_to_come, self._n_tasks, now - self._started, running_s))
             return self.plan.tier != before
 
     def _decide(self, progress: Progress) -> None:
         self._decided = time.perf_counter()
-        plan = self._planner.decide(self._completed(progress), self._readiness())
+        plan = self._planner.decide(progress, self._readiness())
         if self.predicted_s is None and plan.predicted_s is not None:
             self.predicted_s = self._decided - self._started + plan.predicted_s
         self.plan = plan
@@ -166,16 +167,11 @@ class Pilot:
             self._workers_asked = True
             load_tier("processes").start_workers(self._config, self._facts.n_jobs, packages_of(self._items))
 
-    def _completed(self, progress: Progress) -> Progress:
-        elapsed_s = time.perf_counter() - self._started
-        return dataclasses.replace(progress, n_tasks=self._n_tasks, elapsed_s=elapsed_s)
-
     def _readiness(self) -> Readiness:
-        if "processes" not in self._planner.allowed:
-            return Readiness()
-        tier = load_tier("processes")
-        startup_s = tier.startup_seconds() or _STARTUP_S
-        return Readiness(tier.n_ready(self._config), startup_s)
+        tier = loaded_tier("processes") if "processes" in self._planner.allowed else None
+        if tier is None:
+            return _NO_WORKERS
+        return Readiness(tier.n_ready(self._config), tier.startup_seconds() or _STARTUP_S)
 
     def end(self, *, failed: bool) -> dict[str, str]:
         """Keep what the call taught; return the reason for the last plan's tier with the numbers of the whole call."""

@@ -12,8 +12,8 @@ The cost of finishing a call on a tier, in seconds::
 
 Where a tier was used, in this call or an earlier one of the same kind, all of this was measured at once, as the pace at
 which tasks got done; only for a tier that was never tried it is derived from the time of a task that runs alone.
-Workers that are not there yet cost no time while others work, so they
-are started as soon as what is left would outlast their start, and used when they are there.
+Workers that are not there yet cost no time while others work, so they are started as soon as they are going to save a
+part of what their start takes, and used when they are there.
 
 How much is left is known if the call has a length or the kind of task was seen before. If not, as much again as was
 done: whoever waits at most as long as it has worked pays at most twice.
@@ -291,7 +291,10 @@ class CallPlanner:
         if self._seen and self.plan.tier in usable and usable[best] > _WORTH_A_MOVE * usable[self.plan.tier]:
             best = self.plan.tier
         starts = "processes" in costs and not workers.n_ready and self._pays(costs, best, progress, workers)
-        return Plan(best, self._reason(best, solo_s, n_left, costs, workers), starts, usable[best])
+        # Words are made when something changes: a decision is made for many batches, and takes longer with them.
+        changes = best != self.plan.tier or starts or self.plan.predicted_s is None
+        reason = self._reason(best, solo_s, n_left, costs, workers) if changes else self.plan.reason
+        return Plan(best, reason, starts, usable[best])
 
     def _pays(self, costs: Mapping[str, float], best: str, progress: Progress, workers: Readiness) -> bool:
         """Return whether workers that are not there yet are going to be worth their start."""

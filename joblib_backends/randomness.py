@@ -121,13 +121,14 @@ class TaskRandomness:
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Let what runs inside the block draw from the tasks' streams, and leave the parent's as they are."""
-        self._enter()
+        self.enter()
         try:
             yield
         finally:
-            self._leave()
+            self.leave()
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Put the tasks' streams in place until :meth:`leave`."""
         with self._lock:
             self._n_inside += 1
             if self._n_inside > 1:
@@ -138,7 +139,8 @@ class TaskRandomness:
             for stream in self._streams:
                 stream.enter()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Put the parent's streams back, if nobody else is inside."""
         with self._lock:
             self._n_inside -= 1
             if self._n_inside == 0:

@@ -31,7 +31,6 @@ Invariants, each tested:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import queue
 import threading
@@ -48,7 +47,6 @@ from .data.codec import Payload
 from .data.scope import ResidentScope
 from .errors import BatchTimeoutError
 from .pilot import Pilot
-from .planner import Progress
 from .randomness import task_randomness
 from .relief import Relief
 from .report import CallReport, Tally
@@ -159,6 +157,7 @@ class Call:
         self._crew = Crew.shared()
         warm["crew"] = self._crew
         self._has_completer = self._caller_completes
+        self._is_guarded = False
         self._relief = Relief(self._crew, self._help_out)
         self._progress = threading.Event()
         self._ended = False
@@ -177,7 +176,7 @@ class Call:
             self._unfinished.add(future)
             self._n_pending_tasks += future.size
         try:
-            self._pilot.meet(function, self._progress_now())
+            self._pilot.meet(function, self._n_pending_tasks)
             self._make_ready(batch)
         except BaseException as error:
             self._enqueue(batch, functools.partial(Outcome, None, error))
@@ -200,7 +199,7 @@ class Call:
 
     def batch_size(self) -> int:
         """Return how many tasks joblib should put into the next batches."""
-        return self._pilot.batch_size(self._progress_now())
+        return self._pilot.batch_size(self._n_pending_tasks, more_to_come=self._more_to_come(self._caller_came))
 
     def _make_ready(self, batch: _Batch) -> None:
         """Send a batch where the plan says, encoded if memory is not shared there."""
@@ -293,6 +292,7 @@ class Call:
         failed = self._failure is not None
         if not ended:
             self._relief.end()
+            self._unguard()
             self._completions.put(None)
             self._router.close()
             self._tally.explain(self._pilot.end(failed=failed))
@@ -316,13 +316,26 @@ class Call:
     def _run_here(self, batch: _Batch) -> Outcome:
         tier = batch.tier
         assert tier is not None
-        guards = self._pilot.guards_caller
         work = self._work(batch, tier)
-        with (
-            task_randomness.separate() if guards else contextlib.nullcontext(),
-            self._relief.standing_by(may_complete=not guards) if self._pilot.adapts else contextlib.nullcontext(),
-        ):
+        if not self._pilot.adapts:
             return tier.outcome(tier.submit(work))
+        guards = self._pilot.guards_caller
+        if guards and not self._is_guarded:
+            self._is_guarded = True
+            task_randomness.enter()
+        # The user's generator must not draw from the tasks' random numbers: no task, no completer beside it.
+        draws_apart = guards and self._more_to_come(self._caller_came)
+        try:
+            with self._relief.standing_by(may_complete=not draws_apart):
+                return tier.outcome(tier.submit(work))
+        finally:
+            if draws_apart:
+                self._unguard()
+
+    def _unguard(self) -> None:
+        if self._is_guarded:
+            self._is_guarded = False
+            task_randomness.leave()
 
     # ---- called in any thread, a tier's own included
 
@@ -470,7 +483,8 @@ class Call:
 
     def _replan(self, running_s: float = 0.0) -> None:
         """Let the pilot decide again, and send the batches that wait where it now says."""
-        if not self._pilot.replan(self._progress_now(running_s)):
+        more = self._more_to_come(self._caller_came)
+        if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running_s=running_s):
             return
         with self._lock:
             waiting = list(self._waiting)
@@ -480,9 +494,6 @@ class Call:
             except BaseException as error:
                 self._fail(error, batch.future)
         self._feed()
-
-    def _progress_now(self, running_s: float = 0.0) -> Progress:
-        return Progress(self._n_pending_tasks, self._more_to_come(self._caller_came), running_s=running_s)
 
     def _complete(self, batch: _Batch, get_outcome: GetOutcome) -> None:
         try:

@@ -23,6 +23,7 @@ The scheduler does the rest: the n_jobs limit, order, completion, errors, joblib
 from __future__ import annotations
 
 import importlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -35,7 +36,7 @@ from ..data.codec import Payload, RemoteReference, Wire
 from ..errors import ConfigurationError, MissingDependencyError
 from ..worker import Outcome
 
-__all__ = ["Tier", "Work", "load_tier", "register_tier", "tier_names"]
+__all__ = ["Tier", "Work", "load_tier", "loaded_tier", "register_tier", "tier_names"]
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,13 @@ def load_tier(name: str) -> type[Tier]:
         raise ConfigurationError(f"The tier {name!r} at {_TABLE[name]!r} cannot be loaded: {error}.") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Tier)):
         raise ConfigurationError(f"The tier {name!r} at {_TABLE[name]!r} is {loaded!r}, which is not a Tier.")
+    return loaded
+
+
+def loaded_tier(name: str) -> type[Tier] | None:
+    """Return the class of a tier if it was loaded before, else None; loading one may take 10 ms."""
+    module, _, attribute = _TABLE[name].partition(":")
+    loaded: type[Tier] | None = getattr(sys.modules.get(module), attribute, None)
     return loaded
 
 
