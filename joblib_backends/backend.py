@@ -345,7 +345,11 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def compute_batch_size(self) -> int:
         """Return how many tasks the next batches are to hold, with ``batch_size="auto"``."""
-        return 1 if self._call is None else self._call.batch_size()
+        if self._call is None:
+            return 1
+        # joblib cuts the end of a call into ten batches for each job. The calling thread alone is one job.
+        self.parallel._cached_effective_n_jobs = 1 if self._call.runs_in_caller else self._workers
+        return self._call.batch_size()
 
     def submit(self, func: Callable[[], Any], callback: Callback | None = None) -> BatchFuture:
         """Start a batch. Called from the user's thread, and from the completion thread by joblib's callback."""

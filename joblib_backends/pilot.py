@@ -144,8 +144,11 @@ class Pilot:
             newly_busy_s, self._busy_s = max(0.0, busy_s - self._busy_s), max(busy_s, self._busy_s)
             self._planner.observe(BatchSeen(tier, n_tasks, spent.wall, spent.cpu, spent.delay, newly_busy_s))
 
-    def replan(self, n_pending: int, *, more_to_come: bool, running_s: float = 0.0) -> bool:
-        """Decide again if there is something to decide and enough was seen; return whether the tier changed."""
+    def replan(self, n_pending: int, *, more_to_come: bool, running: tuple[float, int] = (0.0, 0)) -> bool:
+        """Decide again if there is something to decide and enough was seen; return whether the tier changed.
+
+        ``running`` has the seconds for which the caller has been running a batch, and its tasks.
+        """
         if not self.adapts or not self._is_met or not (n_pending or more_to_come):
             return False
         now = time.perf_counter()
@@ -154,7 +157,7 @@ class Pilot:
             return False
         with self._lock:
             before = self.plan.tier
-            self._decide(Progress(n_pending, more_to_come, self._n_tasks, now - self._started, running_s))
+            self._decide(Progress(n_pending, more_to_come, self._n_tasks, now - self._started, *running))
             return self.plan.tier != before
 
     def _decide(self, progress: Progress) -> None:

@@ -102,6 +102,8 @@ class Progress:
         Seconds since its first task was submitted.
     running_s : float
         Seconds for which the calling thread has been running a batch, else 0.
+    n_running : int
+        Tasks of that batch.
     """
 
     n_pending: int = 0
@@ -109,6 +111,7 @@ class Progress:
     n_tasks: int | None = None
     elapsed_s: float = 0.0
     running_s: float = 0.0
+    n_running: int = 1
 
 
 @dataclass(frozen=True)
@@ -318,13 +321,13 @@ class CallPlanner:
         return max(progress.n_pending, self._n_done)
 
     def _solo_seconds(self, progress: Progress) -> float | None:
-        """Return the seconds of a task alone: measured, else known, and no less than one that still runs has taken."""
+        """Return the seconds of a task alone: measured, else known, and no less than what those that run have taken."""
         measured = solo_seconds(self._seen, self._facts.n_jobs)
         if measured is None:
             measured = None if self._known is None else self._known.solo_s
-        if progress.running_s <= (measured or 0.0):
+        if progress.running_s <= progress.n_running * (measured or 0.0):
             return measured
-        return (self._n_done * (measured or 0.0) + progress.running_s) / (self._n_done + 1)
+        return (self._n_done * (measured or 0.0) + progress.running_s) / (self._n_done + progress.n_running)
 
     def _seconds_on(self, tier: str, solo_s: float, n_left: int) -> float:
         """Return the predicted seconds of what is left on ``tier``."""
@@ -413,9 +416,13 @@ class CallPlanner:
         tier = self.plan.tier
         runs_s = _COSTS.get(tier, _UNKNOWN_COST).batch_runs_s
         size = int(runs_s / solo_s) if solo_s > 0 else 1 << 16
-        size = min(size, _GROWTH.get(tier, _GROWTH_ELSEWHERE) * self._largest_batch)
+        if self._known is None:
+            size = min(size, _GROWTH.get(tier, _GROWTH_ELSEWHERE) * self._largest_batch)
         if tier != "inline":
             size = min(size, self._n_left(progress) // (_PARTS_PER_JOB * self._facts.n_jobs))
+        elif self._knows_how_many(progress):
+            # Exactly what is left: of a batch that is not full joblib makes ten.
+            size = min(size, self._n_left(progress) - progress.n_pending)
         return max(1, size)
 
 

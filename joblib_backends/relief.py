@@ -24,8 +24,12 @@ __all__ = ["Relief"]
 _PATIENCE_S: Final = 0.002
 
 #: Seconds between two looks while the caller runs one short batch after the other: from the first, up to the last.
-_FIRST_LOOK_S: Final = 0.002
+#: Each takes the interpreter lock from the caller for a moment, 50 µs of a call that may take a few milliseconds.
+_FIRST_LOOK_S: Final = 0.005
 _LAST_LOOK_S: Final = 0.02
+
+#: Seconds between two looks while the caller is in a long batch and nothing may be completed beside it.
+_NEXT_LOOK_S: Final = 0.002
 
 
 class Relief:
@@ -36,25 +40,26 @@ class Relief:
     crew : Crew
         Lends the thread, once the caller runs its first batch and until the call ends.
     help_out : callable
-        Called with the seconds for which the batch has been running, and whether batches may be completed meanwhile;
-        does one thing that is due, or waits for it for a moment.
+        Called with the seconds for which a batch has been running, its number of tasks, and whether batches may be
+        completed meanwhile; does one thing that is due, or waits for it for a moment.
     """
 
-    def __init__(self, crew: Crew, help_out: Callable[[float, bool], object]) -> None:
+    def __init__(self, crew: Crew, help_out: Callable[[float, int, bool], object]) -> None:
         self._crew = crew
-        self._help_out: Callable[[float, bool], object] | None = help_out
+        self._help_out: Callable[[float, int, bool], object] | None = help_out
         self._is_over = threading.Event()
         self._runs = False
         self._busy_since: float | None = None
+        self._n_tasks = 1
         self._may_complete = False
 
     def __repr__(self) -> str:
         return f"<Relief {'on duty' if self._busy_since is not None else 'standing by'}>"
 
     @contextmanager
-    def standing_by(self, *, may_complete: bool) -> Iterator[None]:
-        """Note that the caller runs a batch inside the block."""
-        self._may_complete = may_complete
+    def standing_by(self, n_tasks: int, *, may_complete: bool) -> Iterator[None]:
+        """Note that the caller runs a batch of ``n_tasks`` inside the block."""
+        self._n_tasks, self._may_complete = n_tasks, may_complete
         self._busy_since = time.perf_counter()
         if not self._runs:
             self._runs = True
@@ -74,11 +79,11 @@ class Relief:
         """Look up until the call ends. The body of the crew's thread."""
         pause = _FIRST_LOOK_S
         while not self._is_over.wait(pause):
-            pause = min(_LAST_LOOK_S, 1.5 * pause)
+            pause = min(_LAST_LOOK_S, 2 * pause)
             since, help_out = self._busy_since, self._help_out
             while since is not None and help_out is not None and time.perf_counter() - since > _PATIENCE_S:
-                help_out(time.perf_counter() - since, self._may_complete)
-                if not self._may_complete and self._is_over.wait(_FIRST_LOOK_S):
+                help_out(time.perf_counter() - since, self._n_tasks, self._may_complete)
+                if not self._may_complete and self._is_over.wait(_NEXT_LOOK_S):
                     return
                 since, help_out = self._busy_since, self._help_out
             # Between two looks nothing of the call is held.

@@ -197,6 +197,11 @@ class Call:
         else:
             self._feed()
 
+    @property
+    def runs_in_caller(self) -> bool:
+        """Whether batches are now left to the thread that waits for results."""
+        return self._caller_completes and self._pilot.runs_in_caller
+
     def batch_size(self) -> int:
         """Return how many tasks joblib should put into the next batches."""
         return self._pilot.batch_size(self._n_pending_tasks, more_to_come=self._more_to_come(self._caller_came))
@@ -326,7 +331,7 @@ class Call:
         # The user's generator must not draw from the tasks' random numbers: no task, no completer beside it.
         draws_apart = guards and self._more_to_come(self._caller_came)
         try:
-            with self._relief.standing_by(may_complete=not draws_apart):
+            with self._relief.standing_by(batch.future.size, may_complete=not draws_apart):
                 return tier.outcome(tier.submit(work))
         finally:
             if draws_apart:
@@ -475,16 +480,16 @@ class Call:
             self._complete(*item)
         return True
 
-    def _help_out(self, running_s: float, may_complete: bool) -> None:
+    def _help_out(self, running_s: float, n_running: int, may_complete: bool) -> None:
         """Do the caller's part while it runs a batch that takes long. Called in a thread of the crew."""
-        self._replan(running_s)
+        self._replan((running_s, n_running))
         if may_complete:
             self._complete_next(_LOOK_INTERVAL_S)
 
-    def _replan(self, running_s: float = 0.0) -> None:
+    def _replan(self, running: tuple[float, int] = (0.0, 0)) -> None:
         """Let the pilot decide again, and send the batches that wait where it now says."""
         more = self._more_to_come(self._caller_came)
-        if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running_s=running_s):
+        if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=running):
             return
         with self._lock:
             waiting = list(self._waiting)
