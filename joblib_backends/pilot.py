@@ -83,7 +83,8 @@ class Pilot:
     @property
     def runs_in_caller(self) -> bool:
         """Whether batches are now left to the thread that asks for results."""
-        return load_tier(self.plan.tier).runs_in_caller
+        tier = loaded_tier(self.plan.tier)
+        return tier is not None and tier.runs_in_caller
 
     @property
     def guards_caller(self) -> bool:
