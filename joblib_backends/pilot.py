@@ -32,7 +32,12 @@ _SEEN_ONE_BY_ONE: Final = 4
 
 #: Seconds that a worker start is expected to take before one was measured (benchmarks/workers.py).
 _STARTUP_S: Final = 2.0
-_NO_WORKERS: Final = Readiness(0, _STARTUP_S)
+
+
+class _Missed:
+    """Seconds that the calls of this process lost because no workers were there; many short calls make a long one."""
+
+    seconds: float = 0.0
 
 
 class Pilot:
@@ -174,8 +179,8 @@ class Pilot:
     def _readiness(self) -> Readiness:
         tier = loaded_tier("processes") if "processes" in self._planner.allowed else None
         if tier is None:
-            return _NO_WORKERS
-        return Readiness(tier.n_ready(self._config), tier.startup_seconds() or _STARTUP_S)
+            return Readiness(0, _STARTUP_S, _Missed.seconds)
+        return Readiness(tier.n_ready(self._config), tier.startup_seconds() or _STARTUP_S, _Missed.seconds)
 
     def end(self, *, failed: bool) -> dict[str, str]:
         """Keep what the call taught; return the reason for the last plan's tier with the numbers of the whole call."""
@@ -187,7 +192,9 @@ class Pilot:
                 return {}
             if self._profile is not None and not failed:
                 self._profile.learn(self._kind, learned)
-            return {self.plan.tier: self._planner.explain(self._readiness())}
+            workers = self._readiness()
+            _Missed.seconds = 0.0 if workers.n_ready else _Missed.seconds + self._planner.missed()
+            return {self.plan.tier: self._planner.explain(workers)}
 
 
 def _is_trusted(function: Callable[[], Any]) -> bool:

@@ -116,10 +116,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether process workers are there, and how long a start takes."""
+    """Whether process workers are there, how long a start takes, and what calls before this one lost without them."""
 
     n_ready: int = 0
     startup_s: float = 2.0
+    missed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,9 @@ class CallPlanner:
         if saved_s < (1 - _WORTH_A_MOVE) * costs[best]:
             return False
         patience_s = _PATIENCE * workers.startup_s
-        return progress.elapsed_s > patience_s or (self._knows_how_many(progress) and saved_s > patience_s)
+        if progress.elapsed_s > patience_s:
+            return True
+        return self._knows_how_many(progress) and saved_s + workers.missed_s > patience_s
 
     def _knows_how_many(self, progress: Progress) -> bool:
         return progress.n_tasks is not None or not progress.more_to_come or self._known is not None
@@ -394,6 +397,14 @@ class CallPlanner:
         if "processes" in costs and not workers.n_ready and best != "processes":
             text += f" and {_readable(workers.startup_s)} of start-up"
         return text
+
+    def missed(self) -> float:
+        """Return the seconds that this call would have been shorter with process workers there from its start."""
+        solo_s = solo_seconds(self._seen, self._facts.n_jobs)
+        if solo_s is None or "processes" not in self._allowed:
+            return 0.0
+        here_s, there_s = (self._seconds_on(tier, solo_s, self._n_done) for tier in (self.plan.tier, "processes"))
+        return max(0.0, here_s - there_s)
 
     def explain(self, workers: Readiness) -> str:
         """Return why the call ran where it did, with the numbers of all its tasks."""

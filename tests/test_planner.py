@@ -230,6 +230,17 @@ def test_workers_are_started_for_work_that_they_would_shorten():
     assert (short.tier, short.start_workers) == ("inline", False)
 
 
+def test_short_calls_add_up_until_workers_are_worth_their_start():
+    known = Experience(0.02, 10, {"inline": 0.02}, {"inline": 1.0}, {"inline": 0.02})
+    assert not decided(UNKNOWN, known=known, workers=COLD).start_workers
+    lost = CallPlanner(UNKNOWN)
+    for _ in range(10):
+        lost.observe(on("inline", 0.02))
+    lost.decide(Progress(n_pending=1), COLD)
+    assert 0.05 < lost.missed() < 0.1
+    assert decided(UNKNOWN, known=known, workers=Readiness(0, 2.0, missed_s=2 * lost.missed())).start_workers
+
+
 def test_work_of_unknown_extent_must_have_lasted_before_workers_are_started():
     seen = [on("inline", 0.01)] * 2
     assert not decided(UNKNOWN, *seen, workers=COLD, elapsed_s=0.02).start_workers
