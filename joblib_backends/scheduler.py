@@ -47,6 +47,7 @@ from .data.codec import Payload
 from .data.scope import ResidentScope
 from .errors import BatchTimeoutError
 from .pilot import Pilot
+from .planner import Plan
 from .randomness import task_randomness
 from .relief import Relief
 from .report import CallReport, Tally
@@ -82,7 +83,7 @@ class BatchFuture(Future[list[Any]]):
 class _Batch:
     """A batch until it is done."""
 
-    __slots__ = ("function", "future", "nested", "payload", "reason", "started", "tier")
+    __slots__ = ("function", "future", "nested", "payload", "plan", "started", "tier")
 
     def __init__(self, future: BatchFuture, function: Callable[[], Any], nested: Nested) -> None:
         self.future = future
@@ -90,7 +91,7 @@ class _Batch:
         self.nested = nested
         # Where it is to run, and why; and what it is for a tier that shares no memory.
         self.tier: Tier | None = None
-        self.reason = ""
+        self.plan: Plan | None = None
         self.payload: Payload | None = None
         self.started = 0.0
 
@@ -216,7 +217,7 @@ class Call:
         with self._lock:
             # Race: a batch that waited may have started meanwhile, where it was sent before.
             if not batch.started:
-                batch.tier, batch.reason, batch.payload = tier, plan.reason, payload
+                batch.tier, batch.plan, batch.payload = tier, plan, payload
 
     def _release_if_due(self) -> None:
         """Let the batches start if there is one for each job, or the user's generator is slow to yield the next."""
@@ -405,7 +406,8 @@ class Call:
     def _work(self, batch: _Batch, tier: Tier) -> Work:
         """Return what the tier gets, with its share of the cores as things are now."""
         name = task_names(batch.function)
-        self._tally.add_start(tier.name, name, batch.reason)
+        if batch.plan is not None:
+            self._tally.add_start(batch.plan.tier, name, batch.plan.reason)
         return Work(batch.function, name, tier.share(self._config, self._cores_for(batch)), batch.payload)
 
     def _cores_for(self, batch: _Batch) -> int:
@@ -513,8 +515,8 @@ class Call:
             if succeeded:
                 self._unfinished.discard(future)
         self._tally.add_end(future.size, outcome.spent.wall, succeeded=succeeded)
-        if succeeded and batch.tier is not None:
-            self._pilot.observe(batch.tier.name, future.size, outcome.spent, busy_s)
+        if succeeded and batch.plan is not None:
+            self._pilot.observe(batch.plan.tier, future.size, outcome.spent, busy_s)
         if is_wanted and outcome.error is not None:
             self._fail(outcome.error, future)
         elif is_wanted:
