@@ -19,7 +19,7 @@ from .experience import BatchSeen
 from .kinds import kind_of
 from .planner import CallPlanner, Facts, Plan, Progress, Readiness, choose_tier
 from .profile import Profile
-from .thread_safety import may_run_on_threads
+from .thread_safety import TrustCheck
 from .tiers import load_tier, loaded_tier
 from .worker import Spent
 from .workers.preload import packages_of
@@ -66,6 +66,7 @@ class Pilot:
         self._kind = ""
         self._packages: frozenset[str] = frozenset()
         self._planner = CallPlanner(facts)
+        self._trust = TrustCheck()
         self._is_met = False
         self._n_seen = 0
         self._started = time.perf_counter()
@@ -74,6 +75,8 @@ class Pilot:
         self._task_s = 0.0
         self._busy_s = 0.0
         self.plan = choose_tier(facts)
+        #: Seconds spent on finding out and deciding.
+        self.planning_s = 0.0
         #: Seconds that the call was predicted to take when something was first known of it.
         self.predicted_s: float | None = None
 
@@ -105,9 +108,9 @@ class Pilot:
         with self._lock:
             if self._is_met:
                 return
-            self._started = time.perf_counter()
+            self._started = started = time.perf_counter()
             if self._trust_matters():
-                self._facts = dataclasses.replace(self._facts, trusted_on_threads=_is_trusted(function))
+                self._facts = dataclasses.replace(self._facts, trusted_on_threads=self._trusts(function))
             self._planner = CallPlanner(self._facts)
             self.plan = self._planner.plan
             if self.adapts:
@@ -118,6 +121,7 @@ class Pilot:
                 self._items = getattr(function, "items", None) or [(function, (), {})]
                 self._decide(Progress(n_pending, n_tasks=self._n_tasks))
             self._is_met = True
+            self.planning_s += time.perf_counter() - started
 
     def _trust_matters(self) -> bool:
         facts = self._facts
@@ -126,14 +130,23 @@ class Pilot:
     def plan_for(self, function: Callable[[], Any]) -> Plan:
         """Return the plan for one batch: that of the call, unless this batch must not run on threads."""
         plan = self.plan
-        if plan.tier != "threads" or not self._trust_matters() or _is_trusted(function):
+        if plan.tier != "threads" or not self._trust_matters():
             return plan
-        return choose_tier(dataclasses.replace(self._facts, trusted_on_threads=False))
+        started = time.perf_counter()
+        is_trusted = self._trusts(function)
+        self.planning_s += time.perf_counter() - started
+        return plan if is_trusted else choose_tier(dataclasses.replace(self._facts, trusted_on_threads=False))
+
+    def _trusts(self, function: Callable[[], Any]) -> bool:
+        return self._trust.allows(getattr(function, "items", None) or [(function, (), {})])
 
     def batch_size(self, n_pending: int, *, more_to_come: bool) -> int:
         """Return how many tasks to put into the next batches."""
+        started = time.perf_counter()
         with self._lock:
-            return self._planner.batch_size(Progress(n_pending, more_to_come, self._n_tasks))
+            size = self._planner.batch_size(Progress(n_pending, more_to_come, self._n_tasks))
+            self.planning_s += time.perf_counter() - started
+        return size
 
     @property
     def task_s(self) -> float:
@@ -144,11 +157,13 @@ class Pilot:
 
     def observe(self, tier: str, n_tasks: int, spent: Spent, busy_s: float) -> None:
         """Take in what a finished batch spent, and how long the call has been running anything so far."""
+        started = time.perf_counter()
         self._task_s = spent.wall / max(1, n_tasks)
         with self._lock:
             self._n_seen += 1
             newly_busy_s, self._busy_s = max(0.0, busy_s - self._busy_s), max(busy_s, self._busy_s)
             self._planner.observe(BatchSeen(tier, n_tasks, spent.wall, spent.cpu, spent.delay, newly_busy_s))
+            self.planning_s += time.perf_counter() - started
 
     def replan(self, n_pending: int, *, more_to_come: bool, running: tuple[float, int] = (0.0, 0)) -> bool:
         """Decide again if there is something to decide and enough was seen; return whether the tier changed.
@@ -164,6 +179,7 @@ class Pilot:
         with self._lock:
             before = self.plan.tier
             self._decide(Progress(n_pending, more_to_come, self._n_tasks, now - self._started, *running))
+            self.planning_s += time.perf_counter() - now
             return self.plan.tier != before
 
     def _decide(self, progress: Progress) -> None:
@@ -195,8 +211,3 @@ class Pilot:
             workers = self._readiness()
             _Missed.seconds = 0.0 if workers.n_ready else _Missed.seconds + self._planner.missed()
             return {self.plan.tier: self._planner.explain(workers)}
-
-
-def _is_trusted(function: Callable[[], Any]) -> bool:
-    """Return whether a batch may run on threads; reading its tasks costs some 50 µs."""
-    return may_run_on_threads(getattr(function, "items", None) or [(function, (), {})])

@@ -40,6 +40,8 @@ class CallReport:
     predicted_seconds : float or None
         Seconds that the planner expected the call to take, when it first knew what a task takes; None if it never did,
         or had nothing to decide.
+    planning_seconds : float
+        Seconds spent on deciding all that.
     """
 
     function: str
@@ -55,6 +57,7 @@ class CallReport:
     nbytes_saved: int
     failed: bool
     predicted_seconds: float | None = None
+    planning_seconds: float = 0.0
 
     def __str__(self) -> str:
         outcome = "failed after" if self.failed else "done in"
@@ -110,7 +113,7 @@ class Tally:
         with self._lock:
             self.reasons |= {tier: reason for tier, reason in reasons.items() if tier in self.reasons}
 
-    def report(self, *, failed: bool, predicted_seconds: float | None) -> CallReport:
+    def report(self, *, failed: bool, predicted_seconds: float | None, planning_seconds: float) -> CallReport:
         """Return the report of the call, which ends now."""
         reasons = self.reasons
         texts = [f"{tier}: {reason}" for tier, reason in reasons.items()] if len(reasons) > 1 else reasons.values()
@@ -128,6 +131,7 @@ class Tally:
             nbytes_saved=self.nbytes_saved,
             failed=failed,
             predicted_seconds=predicted_seconds,
+            planning_seconds=planning_seconds,
         )
 
 

@@ -302,7 +302,9 @@ class Call:
             self._completions.put(None)
             self._router.close()
             self._tally.explain(self._pilot.end(failed=failed))
-        return self._tally.report(failed=failed, predicted_seconds=self._pilot.predicted_s)
+        return self._tally.report(
+            failed=failed, predicted_seconds=self._pilot.predicted_s, planning_seconds=self._pilot.planning_s
+        )
 
     # ---- called in the thread that wants a result
 

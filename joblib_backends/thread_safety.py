@@ -9,11 +9,11 @@ marked the function with :func:`thread_safe`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Final, TypeVar
 
-__all__ = ["innermost", "may_run_on_threads", "root_package", "thread_safe"]
+__all__ = ["TrustCheck", "innermost", "may_run_on_threads", "root_package", "thread_safe"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MARK: Final = "__joblib_backends_thread_safe__"
@@ -55,9 +55,31 @@ def thread_safe(function: _F) -> _F:
     return function
 
 
-def may_run_on_threads(items: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> bool:
+Task = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def may_run_on_threads(items: Iterable[Task]) -> bool:
     """Return whether every task of ``items`` (function, args, kwargs) may run beside others in a process."""
-    return all(_is_marked(task[0]) or _Walk().trusts(task) for task in items)
+    return TrustCheck().allows(items)
+
+
+class TrustCheck:
+    """Looks at the tasks of one call. What the first task shares with the others is looked at once: 300 µs of 350."""
+
+    def __init__(self) -> None:
+        # Held, or an object that comes later could have the identity of one that is gone.
+        self._of_first: dict[int, Any] = {}
+
+    def allows(self, items: Iterable[Task]) -> bool:
+        """Return whether every task of ``items`` may run beside others in a process."""
+        return all(_is_marked(task[0]) or self._trusts(task) for task in items)
+
+    def _trusts(self, task: Task) -> bool:
+        walk = _Walk(self._of_first)
+        trusted = walk.trusts(task)
+        if trusted and not self._of_first:
+            self._of_first = walk.seen
+        return trusted
 
 
 def _is_marked(function: Any) -> bool:
@@ -80,20 +102,21 @@ def innermost(function: Any) -> Any:
 class _Walk:
     """One look through everything that a task can reach; each object once."""
 
-    def __init__(self) -> None:
-        self._seen: dict[int, Any] = {}
+    def __init__(self, known: Mapping[int, Any]) -> None:
+        self._known = known
+        self.seen: dict[int, Any] = {}
 
-    def trusts(self, task: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> bool:
+    def trusts(self, task: Task) -> bool:
         if root_package(innermost(task[0])) not in _TRUSTED_CODE:
             return False
         pending: list[Any] = list(task)
         while pending:
             value = pending.pop()
-            if id(value) in self._seen:
+            if id(value) in self.seen or id(value) in self._known:
                 continue
-            if len(self._seen) >= _MAX_OBJECTS or not _trusts_alone(value):
+            if len(self.seen) >= _MAX_OBJECTS or not _trusts_alone(value):
                 return False
-            self._seen[id(value)] = value
+            self.seen[id(value)] = value
             pending.extend(_parts(value))
         return True
 
