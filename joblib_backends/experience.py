@@ -43,6 +43,8 @@ class BatchSeen(NamedTuple):
     #: Seconds since the batch before it in which the call had anything running. The time in which a slow generator
     #: kept everybody waiting is not among them; what handing over and taking back cost is.
     busy_s: float = 0.0
+    #: Batches of the call that ran at that time, itself among them.
+    n_together: int = 1
 
 
 @dataclass
@@ -50,6 +52,7 @@ class TierSeen:
     """The sums over the batches of a call on one tier."""
 
     n_batches: int = 0
+    n_together: int = 0
     n_tasks: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -60,6 +63,7 @@ class TierSeen:
         """Take a batch in; times that a jumping clock made are taken as zero."""
         wall_s, cpu_s, delay_s = _sane(batch.wall_s), _sane(batch.cpu_s), _sane(batch.delay_s)
         self.n_batches += 1
+        self.n_together += batch.n_together
         self.n_tasks += batch.n_tasks
         self.wall_s += max(wall_s - delay_s, min(cpu_s, wall_s))
         self.cpu_s += cpu_s
@@ -154,7 +158,7 @@ class Experience:
         return cls(numbers["solo_s"], numbers["n_tasks"], **by_tier, n_calls=numbers["n_calls"])
 
 
-def solo_seconds(seen: Mapping[str, TierSeen], n_jobs: int) -> float | None:
+def solo_seconds(seen: Mapping[str, TierSeen]) -> float | None:
     """Return the mean time of a task that runs alone, from all that was seen of a call; None if nothing was.
 
     The calling thread shows it directly. On threads, tasks that waited while all of them together used one core waited
@@ -164,15 +168,15 @@ def solo_seconds(seen: Mapping[str, TierSeen], n_jobs: int) -> float | None:
     n_tasks = sum(tier.n_tasks for tier in seen.values())
     if not n_tasks:
         return None
-    return sum(_alone_s(name, tier, n_jobs) for name, tier in seen.items()) / n_tasks
+    return sum(_alone_s(name, tier) for name, tier in seen.items()) / n_tasks
 
 
-def _alone_s(name: str, tier: TierSeen, n_jobs: int) -> float:
+def _alone_s(name: str, tier: TierSeen) -> float:
     """Return the seconds that all tasks of ``tier`` would have taken one by one."""
     if name != "threads":
         return tier.wall_s
-    together = tier.efficiency * min(n_jobs, tier.n_batches)
-    waited_for_others = tier.efficiency < _WAITS and together >= _ONE_CORE
+    cores_used = tier.efficiency * tier.n_together / max(1, tier.n_batches)
+    waited_for_others = tier.efficiency < _WAITS and cores_used >= _ONE_CORE
     return tier.cpu_s if waited_for_others else tier.wall_s
 
 

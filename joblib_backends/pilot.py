@@ -155,14 +155,23 @@ class Pilot:
 
     # ---- after a batch, or while one takes long
 
-    def observe(self, tier: str, n_tasks: int, spent: Spent, busy_s: float) -> None:
-        """Take in what a finished batch spent, and how long the call has been running anything so far."""
+    @property
+    def has_seen_nothing(self) -> bool:
+        """Whether all that is planned may have to be planned anew with the first result."""
+        return self.adapts and self._n_seen == 0
+
+    def observe(self, tier: str, n_tasks: int, spent: Spent, busy_s: float, n_together: int) -> None:
+        """Take in what a finished batch spent.
+
+        ``busy_s`` is how long the call has been running anything so far, ``n_together`` how many batches it ran then.
+        """
         started = time.perf_counter()
         self._task_s = spent.wall / max(1, n_tasks)
         with self._lock:
             self._n_seen += 1
             newly_busy_s, self._busy_s = max(0.0, busy_s - self._busy_s), max(busy_s, self._busy_s)
-            self._planner.observe(BatchSeen(tier, n_tasks, spent.wall, spent.cpu, spent.delay, newly_busy_s))
+            times = (spent.wall, spent.cpu, spent.delay, newly_busy_s)
+            self._planner.observe(BatchSeen(tier, n_tasks, *times, n_together))
             self.planning_s += time.perf_counter() - started
 
     def replan(self, n_pending: int, *, more_to_come: bool, running: tuple[float, int] = (0.0, 0)) -> bool:

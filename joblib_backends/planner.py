@@ -101,7 +101,7 @@ class Progress:
     elapsed_s : float
         Seconds since its first task was submitted.
     running_s : float
-        Seconds for which the calling thread has been running a batch, else 0.
+        Seconds for which the calling thread has been running a batch that takes long, else 0.
     n_running : int
         Tasks of that batch.
     """
@@ -157,6 +157,10 @@ _MAPPED_PER_S: Final = 5e9
 #: Part of a worker start that work must have lasted, or that workers must be going to save, before they are started.
 #: Others work meanwhile, so a start costs no time, only a core that may have been idle; and who calls once calls again.
 _PATIENCE: Final = 0.1
+
+#: Worker starts that a long task of the calling thread may outlast before the others are sent to workers that are not
+#: there: by then something is wrong, and only a worker that fails to start can say what.
+_OVERDUE: Final = 10
 
 #: How much larger a batch may be than the largest before it: task times are not known to be even.
 _GROWTH: Final = {"inline": 64}
@@ -254,7 +258,7 @@ class CallPlanner:
 
     def experience(self) -> Experience | None:
         """Return what this call taught, or None if it saw nothing."""
-        solo_s = solo_seconds(self._seen, self._facts.n_jobs)
+        solo_s = solo_seconds(self._seen)
         if solo_s is None:
             return None
         return Experience(
@@ -290,7 +294,11 @@ class CallPlanner:
     def _cheapest(self, solo_s: float, progress: Progress, workers: Readiness) -> Plan:
         n_left = self._n_left(progress)
         costs = {tier: self._seconds_on(tier, solo_s, n_left) for tier in self._allowed}
-        usable = {tier: cost for tier, cost in costs.items() if tier != "processes" or workers.n_ready}
+        are_overdue = progress.running_s > _OVERDUE * workers.startup_s
+        usable = {tier: cost for tier, cost in costs.items() if tier != "processes" or workers.n_ready or are_overdue}
+        if progress.running_s and len(usable) > 1:
+            # The calling thread is in a long task: it is not there for others, which it may even be waiting for.
+            usable.pop("inline", None)
         best = min(usable, key=lambda tier: usable[tier])
         if self._seen and self.plan.tier in usable and usable[best] > _WORTH_A_MOVE * usable[self.plan.tier]:
             best = self.plan.tier
@@ -325,7 +333,7 @@ class CallPlanner:
 
     def _solo_seconds(self, progress: Progress) -> float | None:
         """Return the seconds of a task alone: measured, else known, and no less than what those that run have taken."""
-        measured = solo_seconds(self._seen, self._facts.n_jobs)
+        measured = solo_seconds(self._seen)
         if measured is None:
             measured = None if self._known is None else self._known.solo_s
         if progress.running_s <= progress.n_running * (measured or 0.0):
@@ -370,11 +378,11 @@ class CallPlanner:
         if seen is not None and seen.n_batches >= min(n_jobs, 4):
             return seen.task_s, seen.useful_slots(n_jobs, cores)
         if self._known is not None and tier in self._known.task_s:
-            known = TierSeen(1, 1, self._known.task_s[tier], self._known.task_s[tier] * self._known.efficiency[tier])
+            known = _one_task(self._known.task_s[tier], self._known.efficiency[tier])
             longer = solo_s / self._known.solo_s if self._known.solo_s > 0 else 1.0
             return known.task_s * longer, known.useful_slots(n_jobs, cores)
         mapping_s = self._nbytes / _MAPPED_PER_S if tier == "processes" else 0.0
-        slots = TierSeen(1, 1, 1.0, self._alone_efficiency()).useful_slots(n_jobs, cores)
+        slots = _one_task(1.0, self._alone_efficiency()).useful_slots(n_jobs, cores)
         return solo_s * _FIRST_GUESS.get(tier, 1.05) + mapping_s, slots
 
     def _alone_efficiency(self) -> float:
@@ -400,7 +408,7 @@ class CallPlanner:
 
     def missed(self) -> float:
         """Return the seconds that this call would have been shorter with process workers there from its start."""
-        solo_s = solo_seconds(self._seen, self._facts.n_jobs)
+        solo_s = solo_seconds(self._seen)
         if solo_s is None or "processes" not in self._allowed:
             return 0.0
         here_s, there_s = (self._seconds_on(tier, solo_s, self._n_done) for tier in (self.plan.tier, "processes"))
@@ -408,7 +416,7 @@ class CallPlanner:
 
     def explain(self, workers: Readiness) -> str:
         """Return why the call ran where it did, with the numbers of all its tasks."""
-        solo_s = solo_seconds(self._seen, self._facts.n_jobs) or 0.0
+        solo_s = solo_seconds(self._seen) or 0.0
         costs = {tier: self._seconds_on(tier, solo_s, self._n_done) for tier in self._allowed}
         return self._reason(self.plan.tier, solo_s, self._n_done, costs, workers)
 
@@ -435,6 +443,10 @@ class CallPlanner:
             # Exactly what is left: of a batch that is not full joblib makes ten.
             size = min(size, self._n_left(progress) - progress.n_pending)
         return max(1, size)
+
+
+def _one_task(wall_s: float, efficiency: float) -> TierSeen:
+    return TierSeen(n_batches=1, n_tasks=1, wall_s=wall_s, cpu_s=wall_s * efficiency)
 
 
 def _readable(seconds: float) -> str:

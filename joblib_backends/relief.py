@@ -40,13 +40,13 @@ class Relief:
     crew : Crew
         Lends the thread, once the caller runs its first batch and until the call ends.
     help_out : callable
-        Called with the seconds for which a batch has been running, its number of tasks, and whether batches may be
-        completed meanwhile; does one thing that is due, or waits for it for a moment.
+        Called with whether batches may be completed meanwhile; does one thing that is due, or waits for it for a
+        moment.
     """
 
-    def __init__(self, crew: Crew, help_out: Callable[[float, int, bool], object]) -> None:
+    def __init__(self, crew: Crew, help_out: Callable[[bool], object]) -> None:
         self._crew = crew
-        self._help_out: Callable[[float, int, bool], object] | None = help_out
+        self._help_out: Callable[[bool], object] | None = help_out
         self._is_over = threading.Event()
         self._runs = False
         self._busy_since: float | None = None
@@ -55,6 +55,13 @@ class Relief:
 
     def __repr__(self) -> str:
         return f"<Relief {'on duty' if self._busy_since is not None else 'standing by'}>"
+
+    @property
+    def running(self) -> tuple[float, int]:
+        """The seconds for which the caller has been in a batch that takes long, and its tasks; else zeros."""
+        since = self._busy_since
+        seconds = 0.0 if since is None else time.perf_counter() - since
+        return (seconds, self._n_tasks) if seconds > _PATIENCE_S else (0.0, 0)
 
     @contextmanager
     def standing_by(self, n_tasks: int, *, may_complete: bool) -> Iterator[None]:
@@ -80,11 +87,11 @@ class Relief:
         pause = _FIRST_LOOK_S
         while not self._is_over.wait(pause):
             pause = min(_LAST_LOOK_S, 2 * pause)
-            since, help_out = self._busy_since, self._help_out
-            while since is not None and help_out is not None and time.perf_counter() - since > _PATIENCE_S:
-                help_out(time.perf_counter() - since, self._n_tasks, self._may_complete)
+            help_out = self._help_out
+            while help_out is not None and self.running[1]:
+                help_out(self._may_complete)
                 if not self._may_complete and self._is_over.wait(_NEXT_LOOK_S):
                     return
-                since, help_out = self._busy_since, self._help_out
+                help_out = self._help_out
             # Between two looks nothing of the call is held.
             del help_out

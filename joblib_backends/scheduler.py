@@ -83,7 +83,7 @@ class BatchFuture(Future[list[Any]]):
 class _Batch:
     """A batch until it is done."""
 
-    __slots__ = ("function", "future", "nested", "payload", "plan", "started", "tier")
+    __slots__ = ("function", "future", "n_together", "nested", "payload", "plan", "started", "tier")
 
     def __init__(self, future: BatchFuture, function: Callable[[], Any], nested: Nested) -> None:
         self.future = future
@@ -94,6 +94,8 @@ class _Batch:
         self.plan: Plan | None = None
         self.payload: Payload | None = None
         self.started = 0.0
+        # How many ran when it ended.
+        self.n_together = 1
 
 
 class Call:
@@ -377,6 +379,7 @@ class Call:
 
     def _note_done(self, batch: _Batch) -> None:
         with self._lock:
+            batch.n_together = min(len(self._in_flight), self._n_jobs)
             self._in_flight.discard(batch)
             if not self._in_flight:
                 self._busy_s += time.perf_counter() - self._busy_since
@@ -391,7 +394,9 @@ class Call:
             return False
         tier = self._waiting[0].tier
         assert tier is not None
-        ahead = 0 if self._joblib_polls and tier.binds_early else tier.look_ahead
+        # What is handed over cannot be taken back.
+        waits_to_see = self._pilot.has_seen_nothing or (self._joblib_polls and tier.binds_early)
+        ahead = 0 if waits_to_see else tier.look_ahead
         return tier.runs_in_caller == in_caller and len(self._in_flight) < self._n_jobs + ahead
 
     def _start(self, batch: _Batch) -> None:
@@ -484,16 +489,16 @@ class Call:
             self._complete(*item)
         return True
 
-    def _help_out(self, running_s: float, n_running: int, may_complete: bool) -> None:
+    def _help_out(self, may_complete: bool) -> None:
         """Do the caller's part while it runs a batch that takes long. Called in a thread of the crew."""
-        self._replan((running_s, n_running))
+        self._replan()
         if may_complete:
             self._complete_next(_LOOK_INTERVAL_S)
 
-    def _replan(self, running: tuple[float, int] = (0.0, 0)) -> None:
+    def _replan(self) -> None:
         """Let the pilot decide again, and send the batches that wait where it now says."""
         more = self._more_to_come(self._caller_came)
-        if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=running):
+        if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=self._relief.running):
             return
         with self._lock:
             waiting = list(self._waiting)
@@ -518,7 +523,7 @@ class Call:
                 self._unfinished.discard(future)
         self._tally.add_end(future.size, outcome.spent.wall, succeeded=succeeded)
         if succeeded and batch.plan is not None:
-            self._pilot.observe(batch.plan.tier, future.size, outcome.spent, busy_s)
+            self._pilot.observe(batch.plan.tier, future.size, outcome.spent, busy_s, batch.n_together)
         if is_wanted and outcome.error is not None:
             self._fail(outcome.error, future)
         elif is_wanted:

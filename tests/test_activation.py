@@ -24,7 +24,8 @@ from joblib import Parallel, delayed
 import sys
 
 def call(**options):
-    Parallel(**options)(delayed(abs)(-i) for i in range(4))
+    # Of a list the calling thread would run such small tasks itself.
+    list(Parallel(return_as="generator", **options)(delayed(abs)(-i) for i in range(4)))
     report = sys.modules["joblib_backends"].last_report()
     return f"{report.tier} with {report.n_jobs} jobs"
 
@@ -36,6 +37,7 @@ if __name__ == "__main__":
 def python(*arguments, cwd, code=None, **variables):
     """Run an interpreter in ``cwd`` with the ``JOBLIB_BACKEND`` variables given and no others."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith("JOBLIB")}
+    environment["JOBLIB_BACKEND_PROFILE"] = "off"
     environment |= {name: text for name, text in variables.items() if text is not None}
     command = [sys.executable, *arguments, *(("-c", textwrap.dedent(code)) if code else ())]
     return subprocess.run(

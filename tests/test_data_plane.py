@@ -313,10 +313,10 @@ def test_nothing_is_left_after_an_exception(hybrid):
 def test_without_a_context_a_resident_lives_as_long_as_its_owner():
     x = ones()
     before = set(resident_files())
-    parallel = Parallel(backend="hybrid", n_jobs=2)
+    parallel = Parallel(backend="hybrid", n_jobs=2, tier="processes")
     parallel(delayed(total)(x) for _ in range(2))
     assert (moved(), len(set(resident_files()) - before)) == (x.nbytes, 1)
-    Parallel(backend="hybrid", n_jobs=2)(delayed(total)(x) for _ in range(2))
+    Parallel(backend="hybrid", n_jobs=2, tier="processes")(delayed(total)(x) for _ in range(2))
     assert moved() == 0
     del x
     gc.collect()
@@ -325,7 +325,7 @@ def test_without_a_context_a_resident_lives_as_long_as_its_owner():
 
 def test_without_a_context_a_temporary_is_gone_after_the_call():
     before = set(resident_files())
-    Parallel(backend="hybrid", n_jobs=2)(delayed(total)(ones()) for i in range(4))
+    Parallel(backend="hybrid", n_jobs=2, tier="processes")(delayed(total)(ones()) for i in range(4))
     assert moved() == 4 * 8 * LARGE
     gc.collect()
     assert eventually(lambda: set(resident_files()) <= before)

@@ -20,10 +20,10 @@ SLOW = Experience(0.5, 10, {"threads": 0.6, "inline": 0.5}, {"threads": 0.9, "in
 QUICK = Experience(1e-6, 5000, {"inline": 1e-6}, {"inline": 1.0})
 
 
-def seen(tier, wall_s, cpu_s, n_tasks=1, delay_s=0.0, times=1):
+def seen(tier, wall_s, cpu_s, n_tasks=1, delay_s=0.0, times=1, together=2):
     total = TierSeen()
     for _ in range(times):
-        total.add(BatchSeen(tier, n_tasks, wall_s, cpu_s, delay_s))
+        total.add(BatchSeen(tier, n_tasks, wall_s, cpu_s, delay_s, n_together=together))
     return total
 
 
@@ -31,19 +31,23 @@ def seen(tier, wall_s, cpu_s, n_tasks=1, delay_s=0.0, times=1):
 
 
 def test_the_calling_thread_shows_what_a_task_takes_alone():
-    assert solo_seconds({"inline": seen("inline", 0.3, 0.1, n_tasks=3)}, 2) == pytest.approx(0.1)
+    assert solo_seconds({"inline": seen("inline", 0.3, 0.1, n_tasks=3)}) == pytest.approx(0.1)
 
 
 def test_threads_that_waited_for_the_gil_need_their_cpu_time_alone():
-    assert solo_seconds({"threads": seen("threads", 0.2, 0.1, times=4)}, 2) == pytest.approx(0.1)
+    assert solo_seconds({"threads": seen("threads", 0.2, 0.1, times=4)}) == pytest.approx(0.1)
 
 
 def test_threads_that_waited_for_something_else_need_their_time_alone():
-    assert solo_seconds({"threads": seen("threads", 0.2, 0.01, times=4)}, 2) == pytest.approx(0.2)
+    assert solo_seconds({"threads": seen("threads", 0.2, 0.01, times=4)}) == pytest.approx(0.2)
 
 
 def test_one_batch_alone_did_not_wait_for_the_gil():
-    assert solo_seconds({"threads": seen("threads", 0.2, 0.1, times=1)}, 2) == pytest.approx(0.2)
+    assert solo_seconds({"threads": seen("threads", 0.2, 0.1, together=1)}) == pytest.approx(0.2)
+
+
+def test_the_first_of_many_threads_shows_the_gil_too():
+    assert solo_seconds({"threads": seen("threads", 1.6, 0.1, together=16)}) == pytest.approx(0.1)
 
 
 def test_the_time_of_a_busy_machine_is_not_a_tasks_own():
@@ -52,7 +56,7 @@ def test_the_time_of_a_busy_machine_is_not_a_tasks_own():
 
 
 def test_nothing_is_known_of_nothing():
-    assert solo_seconds({}, 2) is None
+    assert solo_seconds({}) is None
 
 
 def test_tasks_that_wait_fill_more_slots_than_there_are_cores():

@@ -99,7 +99,7 @@ WITHOUT_SITE = {"before": ("-S",), "PYTHONPATH": os.pathsep.join(filter(None, sy
 
 @pytest.mark.parametrize("options", [{}, WITHOUT_SITE], ids=["site", "no site"])
 def test_a_function_of_the_script_runs_in_processes(tmp_path, options):
-    done = run("run", str(script(tmp_path, CALL)), cwd=tmp_path, **options)
+    done = run("run", str(script(tmp_path, CALL)), cwd=tmp_path, JOBLIB_BACKEND_TIER="processes", **options)
     assert (done.stdout, done.stderr) == ("[0, 2, 4, 6] processes\n", "")
 
 
@@ -187,7 +187,7 @@ def test_info_as_json(capsys, monkeypatch, tmp_path):
     assert __main__.main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["versions", "machine", "room for data", "environment", "tiers"]
-    assert found["environment"] == {"JOBLIB_BACKEND_TIER": "threads"}
+    assert found["environment"] == {"JOBLIB_BACKEND_PROFILE": "off", "JOBLIB_BACKEND_TIER": "threads"}
     assert found["machine"]["cores available"] >= 1
     assert found["tiers"]["processes"] == "can be used"
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -156,7 +156,8 @@ def on(tier, wall_s, cpu_s=None, n=1, delay_s=0.0, n_jobs=2, over_s=0.0):
     ``over_s`` is what handing it over and taking it back cost besides.
     """
     busy_s = over_s + n * wall_s / (1 if tier == "inline" else n_jobs)
-    return BatchSeen(tier, n, n * wall_s, n * (wall_s if cpu_s is None else cpu_s), n * delay_s, busy_s)
+    cpu_s = wall_s if cpu_s is None else cpu_s
+    return BatchSeen(tier, n, n * wall_s, n * cpu_s, n * delay_s, busy_s, 1 if tier == "inline" else n_jobs)
 
 
 def test_unknown_code_begins_where_it_is_safe_and_costs_nothing():
@@ -249,10 +250,18 @@ def test_work_of_unknown_extent_must_have_lasted_before_workers_are_started():
 
 def test_a_task_that_does_not_end_counts_while_it_runs():
     assert decided(UNKNOWN, running_s=0.002).tier == "processes"
-    assert decided(UNKNOWN, running_s=0.0001).tier == "inline"
     plan = decided(UNKNOWN, running_s=5.0, workers=COLD, elapsed_s=5.0)
     assert (plan.tier, plan.start_workers) == ("inline", True)
+    # Workers that do not come in time are waited for, and why they do not come is said.
+    assert decided(UNKNOWN, running_s=50.0, workers=COLD, elapsed_s=50.0).tier == "processes"
     assert decided(Facts(prefer="threads"), on("inline", 1e-6), running_s=0.01).tier == "threads"
+
+
+def test_a_caller_that_is_in_a_long_task_gets_nothing_else_to_do():
+    """However small the others are: it may be waiting for them."""
+    small = [on("threads", 1e-6, n=100, over_s=1e-3)] * 1000
+    assert decided(Facts(require="sharedmem"), *small, running_s=0.01).tier == "threads"
+    assert decided(Facts(require="sharedmem"), *small).tier == "inline"
 
 
 def test_one_huge_task_among_tiny_ones_moves_what_waits_and_does_not_stand_for_what_comes():

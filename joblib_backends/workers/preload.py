@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+import joblib
+
 __all__ = ["expensive", "is_installed", "modules_to_preload", "packages_of", "search_path"]
 
 #: What every worker needs, whatever its tasks are.
@@ -90,6 +92,8 @@ def _installed_prefixes() -> tuple[str, ...]:
     folders = {paths[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     with contextlib.suppress(AttributeError):  # a virtualenv of old replaces the module site
         folders |= {*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])}
+    # Where site did not run (-S), Python does not know of its virtual environment; what we need is installed there.
+    folders.add(os.path.dirname(os.path.dirname(joblib.__file__)))
     return tuple(os.path.join(os.path.normpath(folder), "") for folder in folders)
 
 
