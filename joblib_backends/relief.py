@@ -54,7 +54,12 @@ class Relief:
         self._may_complete = False
 
     def __repr__(self) -> str:
-        return f"<Relief {'on duty' if self._busy_since is not None else 'standing by'}>"
+        return f"<Relief {'on duty' if self.is_on_duty else 'standing by'}>"
+
+    @property
+    def is_on_duty(self) -> bool:
+        """Whether the caller is in a batch now."""
+        return self._busy_since is not None
 
     @property
     def running(self) -> tuple[float, int]:

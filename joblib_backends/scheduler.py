@@ -155,6 +155,7 @@ class Call:
         self._first_submit = 0.0
         self._is_held = self._caller_completes
         self._caller_came = False
+        self._caller = threading.get_ident()
         self._failure: BaseException | None = None
         self._completions: queue.SimpleQueue[tuple[_Batch, GetOutcome] | None] = queue.SimpleQueue()
         self._crew = Crew.shared()
@@ -199,6 +200,16 @@ class Call:
             self._release_if_due()
         else:
             self._feed()
+            self._tell_caller()
+
+    def _tell_caller(self) -> None:
+        """Wake the caller, which waits for results, if another thread left it the batch whose turn it is."""
+        if not self._caller_completes or threading.get_ident() == self._caller:
+            return
+        with self._lock:
+            tier = self._waiting[0].tier if self._waiting else None
+        if tier is not None and tier.runs_in_caller:
+            self._completions.put(None)
 
     @property
     def runs_in_caller(self) -> bool:
@@ -492,8 +503,18 @@ class Call:
     def _help_out(self, may_complete: bool) -> None:
         """Do the caller's part while it runs a batch that takes long. Called in a thread of the crew."""
         self._replan()
-        if may_complete:
-            self._complete_next(_LOOK_INTERVAL_S)
+        if not may_complete:
+            return
+        try:
+            item = self._completions.get(timeout=_LOOK_INTERVAL_S)
+        except queue.Empty:
+            return
+        if item is not None:
+            self._complete(*item)
+        if not self._relief.is_on_duty:
+            # Race: the caller is back, and waits for what this thread just took: its result, or the end of a batch
+            # that kept it from running the next. A caller that is still in its batch looks at all that afterwards.
+            self._completions.put(None)
 
     def _replan(self) -> None:
         """Let the pilot decide again, and send the batches that wait where it now says."""
@@ -508,6 +529,7 @@ class Call:
             except BaseException as error:
                 self._fail(error, batch.future)
         self._feed()
+        self._tell_caller()
 
     def _complete(self, batch: _Batch, get_outcome: GetOutcome) -> None:
         try:

@@ -17,7 +17,7 @@ from joblib_backends.data.scope import ResidentScope
 from joblib_backends.data.store import default_store
 from joblib_backends.errors import TaskPicklingError, WorkerLostError
 from joblib_backends.pilot import Pilot
-from joblib_backends.planner import Facts
+from joblib_backends.planner import Facts, Plan
 from joblib_backends.scheduler import Call
 from joblib_backends.tiers import Tier, register_tier
 from joblib_backends.tiers.fake import fake_control
@@ -382,3 +382,76 @@ def test_an_outcome_without_results_is_an_empty_batch():
         future = call.submit(results_of(0), None, NESTED)
         ManualTier.pending[0][1].set_result(Outcome(None, None))
         assert call.retrieve(future, LONG) == []
+
+
+class Undecided(Pilot):
+    """Says where batches go as the test does."""
+
+    def __init__(self, tier):
+        super().__init__(Facts(tier, n_jobs=2), Config())
+
+    def send_to(self, tier):
+        self.plan = Plan(tier, "the test")
+
+    @property
+    def adapts(self):
+        return True
+
+    def replan(self, n_pending, *, more_to_come, running=(0.0, 0)):
+        return True
+
+
+@contextlib.contextmanager
+def undecided_call(tier="test-manual"):
+    scope = ResidentScope(default_store(), outlives_calls=True)
+    pilot = Undecided(tier)
+    call = Call(Config(), 2, pilot, scope, {})
+    try:
+        yield call, pilot
+    finally:
+        call.abort()
+        call.end()
+        ManualTier.pending = ()
+
+
+def test_a_caller_that_waits_is_woken_for_a_batch_that_is_left_to_it():
+    """A thread that stands in for the caller may send work back to it; nobody else would ever run it."""
+    ran, waits, opened = threading.Event(), threading.Event(), []
+
+    def caller():
+        with undecided_call() as (call, pilot):
+            future = call.submit(results_of(0), None, NESTED)
+            opened.append((call, pilot))
+            waits.set()
+            with contextlib.suppress(CancelledError):
+                call.retrieve(future, LONG)
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    assert waits.wait(LONG)
+    call, pilot = opened[0]
+    assert eventually(lambda: len(ManualTier.pending) == 1)
+    pilot.send_to("inline")
+    call.submit(BatchedCalls([(ran.set, (), {})], NESTED), None, NESTED)
+    assert ran.wait(LONG)
+    call.abort()
+    thread.join(LONG)
+    assert not thread.is_alive()
+
+
+def test_who_stands_in_for_the_caller_leaves_it_what_wakes_it():
+    with undecided_call() as (call, _):
+        call._completions.put(None)
+        call._help_out(True)
+        assert call._completions.get_nowait() is None
+
+
+def test_who_completes_a_batch_for_the_caller_wakes_it():
+    """The caller may be back, and wait for just that batch."""
+    with undecided_call() as (call, _):
+        future = call.submit(results_of(0), None, NESTED)
+        call._release()
+        answer(*ManualTier.pending[0])
+        call._help_out(True)
+        assert future.done()
+        assert call._completions.get_nowait() is None
