@@ -9,12 +9,15 @@ Thread-safe. The lock is held while the planner thinks, some 10 µs.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 from .config import Config
+from .crew import Crew
 from .experience import BatchSeen
 from .kinds import kind_of
 from .planner import CallPlanner, Facts, Plan, Progress, Readiness, choose_tier
@@ -25,6 +28,8 @@ from .worker import Spent
 from .workers.preload import packages_of
 
 __all__ = ["Pilot"]
+
+_log = logging.getLogger(__name__)
 
 #: Seconds between two decisions, once the first few batches were seen one by one.
 _DECIDE_EVERY_S: Final = 0.02
@@ -75,7 +80,7 @@ class Pilot:
         self._task_s = 0.0
         self._busy_s = 0.0
         self.plan = choose_tier(facts)
-        #: Seconds spent on finding out and deciding.
+        #: CPU time spent on finding out and deciding; other threads run in between.
         self.planning_s = 0.0
         #: Seconds that the call was predicted to take when something was first known of it.
         self.predicted_s: float | None = None
@@ -108,7 +113,7 @@ class Pilot:
         with self._lock:
             if self._is_met:
                 return
-            self._started = started = time.perf_counter()
+            self._started, started = time.perf_counter(), time.thread_time()
             if self._trust_matters():
                 self._facts = dataclasses.replace(self._facts, trusted_on_threads=self._trusts(function))
             self._planner = CallPlanner(self._facts)
@@ -121,7 +126,7 @@ class Pilot:
                 self._items = getattr(function, "items", None) or [(function, (), {})]
                 self._decide(Progress(n_pending, n_tasks=self._n_tasks))
             self._is_met = True
-            self.planning_s += time.perf_counter() - started
+            self.planning_s += time.thread_time() - started
 
     def _trust_matters(self) -> bool:
         facts = self._facts
@@ -132,9 +137,9 @@ class Pilot:
         plan = self.plan
         if plan.tier != "threads" or not self._trust_matters():
             return plan
-        started = time.perf_counter()
+        started = time.thread_time()
         is_trusted = self._trusts(function)
-        self.planning_s += time.perf_counter() - started
+        self.planning_s += time.thread_time() - started
         return plan if is_trusted else choose_tier(dataclasses.replace(self._facts, trusted_on_threads=False))
 
     def _trusts(self, function: Callable[[], Any]) -> bool:
@@ -142,10 +147,10 @@ class Pilot:
 
     def batch_size(self, n_pending: int, *, more_to_come: bool) -> int:
         """Return how many tasks to put into the next batches."""
-        started = time.perf_counter()
+        started = time.thread_time()
         with self._lock:
             size = self._planner.batch_size(Progress(n_pending, more_to_come, self._n_tasks))
-            self.planning_s += time.perf_counter() - started
+            self.planning_s += time.thread_time() - started
         return size
 
     @property
@@ -165,14 +170,14 @@ class Pilot:
 
         ``busy_s`` is how long the call has been running anything so far, ``n_together`` how many batches it ran then.
         """
-        started = time.perf_counter()
+        started = time.thread_time()
         self._task_s = spent.wall / max(1, n_tasks)
         with self._lock:
             self._n_seen += 1
             newly_busy_s, self._busy_s = max(0.0, busy_s - self._busy_s), max(busy_s, self._busy_s)
             times = (spent.wall, spent.cpu, spent.delay, newly_busy_s)
             self._planner.observe(BatchSeen(tier, n_tasks, *times, n_together))
-            self.planning_s += time.perf_counter() - started
+            self.planning_s += time.thread_time() - started
 
     def replan(self, n_pending: int, *, more_to_come: bool, running: tuple[float, int] = (0.0, 0)) -> bool:
         """Decide again if there is something to decide and enough was seen; return whether the tier changed.
@@ -186,9 +191,9 @@ class Pilot:
         if not is_early and now - self._decided < _DECIDE_EVERY_S:
             return False
         with self._lock:
-            before = self.plan.tier
+            before, started = self.plan.tier, time.thread_time()
             self._decide(Progress(n_pending, more_to_come, self._n_tasks, now - self._started, *running))
-            self.planning_s += time.perf_counter() - now
+            self.planning_s += time.thread_time() - started
             return self.plan.tier != before
 
     def _decide(self, progress: Progress) -> None:
@@ -199,7 +204,9 @@ class Pilot:
         self.plan = plan
         if plan.start_workers and not self._workers_asked:
             self._workers_asked = True
-            load_tier("processes").start_workers(self._config, self._facts.n_jobs, packages_of(self._items))
+            # Aside, because what starts them may have to be imported first, 20 ms.
+            start = functools.partial(_start_workers, self._config, self._facts.n_jobs, self._items)
+            Crew.shared().run(start)
 
     def _readiness(self) -> Readiness:
         tier = loaded_tier("processes") if "processes" in self._planner.allowed else None
@@ -220,3 +227,12 @@ class Pilot:
             workers = self._readiness()
             _Missed.seconds = 0.0 if workers.n_ready else _Missed.seconds + self._planner.missed()
             return {self.plan.tier: self._planner.explain(workers)}
+
+
+def _start_workers(config: Config, n_jobs: int, items: Any) -> None:
+    """Have process workers started for such tasks. Runs in a thread of the crew."""
+    try:
+        load_tier("processes").start_workers(config, n_jobs, packages_of(items))
+    except Exception as error:
+        # The call goes on where it is. If it ever needs the workers, it will say what is wrong with them.
+        _log.debug("Process workers were not started ahead of time: %s", error)

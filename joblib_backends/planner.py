@@ -158,6 +158,9 @@ _MAPPED_PER_S: Final = 5e9
 #: Others work meanwhile, so a start costs no time, only a core that may have been idle; and who calls once calls again.
 _PATIENCE: Final = 0.1
 
+#: Times its usual length after which a batch of the calling thread is one that takes long.
+_LONG: Final = 2.0
+
 #: Worker starts that a long task of the calling thread may outlast before the others are sent to workers that are not
 #: there: by then something is wrong, and only a worker that fails to start can say what.
 _OVERDUE: Final = 10
@@ -296,7 +299,7 @@ class CallPlanner:
         costs = {tier: self._seconds_on(tier, solo_s, n_left) for tier in self._allowed}
         are_overdue = progress.running_s > _OVERDUE * workers.startup_s
         usable = {tier: cost for tier, cost in costs.items() if tier != "processes" or workers.n_ready or are_overdue}
-        if progress.running_s and len(usable) > 1:
+        if progress.running_s > _LONG * progress.n_running * self._usual_seconds() and len(usable) > 1:
             # The calling thread is in a long task: it is not there for others, which it may even be waiting for.
             usable.pop("inline", None)
         best = min(usable, key=lambda tier: usable[tier])
@@ -333,12 +336,17 @@ class CallPlanner:
 
     def _solo_seconds(self, progress: Progress) -> float | None:
         """Return the seconds of a task alone: measured, else known, and no less than what those that run have taken."""
+        usual_s = self._usual_seconds()
+        if progress.running_s > progress.n_running * usual_s:
+            return (self._n_done * usual_s + progress.running_s) / (self._n_done + progress.n_running)
+        return usual_s if self._seen or self._known is not None else None
+
+    def _usual_seconds(self) -> float:
+        """Return the seconds of a task alone, as far as tasks have ended; 0 if none has."""
         measured = solo_seconds(self._seen)
         if measured is None:
             measured = None if self._known is None else self._known.solo_s
-        if progress.running_s <= progress.n_running * (measured or 0.0):
-            return measured
-        return (self._n_done * (measured or 0.0) + progress.running_s) / (self._n_done + progress.n_running)
+        return measured or 0.0
 
     def _seconds_on(self, tier: str, solo_s: float, n_left: int) -> float:
         """Return the predicted seconds of what is left on ``tier``."""

@@ -41,7 +41,7 @@ class CallReport:
         Seconds that the planner expected the call to take, when it first knew what a task takes; None if it never did,
         or had nothing to decide.
     planning_seconds : float
-        Seconds spent on deciding all that.
+        Seconds of CPU time spent on deciding all that.
     """
 
     function: str

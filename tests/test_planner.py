@@ -262,6 +262,8 @@ def test_a_caller_that_is_in_a_long_task_gets_nothing_else_to_do():
     small = [on("threads", 1e-6, n=100, over_s=1e-3)] * 1000
     assert decided(Facts(require="sharedmem"), *small, running_s=0.01).tier == "threads"
     assert decided(Facts(require="sharedmem"), *small).tier == "inline"
+    # A batch that takes as long as its tasks usually do is not long.
+    assert decided(Facts(require="sharedmem"), *small, running_s=0.01, n_running=10_000).tier == "inline"
 
 
 def test_one_huge_task_among_tiny_ones_moves_what_waits_and_does_not_stand_for_what_comes():
