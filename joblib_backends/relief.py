@@ -2,19 +2,22 @@
 
 Where work is small the calling thread runs it, and nothing is handed over. But then nobody completes what others have
 done, starts what waits, or asks whether another tier pays, if one batch turns out to be long, to wait for its
-neighbours, or never to end. So a thread of the crew looks up, a few milliseconds apart, and helps out until the caller
-is back.
+neighbours, or never to end.
 
-Thread-safe: the caller writes what it does, the crew's thread reads it.
+Who runs where: the caller notes what it does; one thread of the crew, the lookout, looks at all callers of the process a
+few milliseconds apart; for one that is in a long batch it lends another thread of the crew, which helps out until
+the caller is back. The lookout stays for a moment after the last call, because to wake a thread costs a small call a
+tenth of its time.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import ClassVar, Final
 
 from .crew import Crew
 
@@ -23,13 +26,14 @@ __all__ = ["Relief"]
 #: Seconds after which a batch in the calling thread takes long: moving the rest elsewhere costs less than this.
 _PATIENCE_S: Final = 0.002
 
-#: Seconds between two looks while the caller runs one short batch after the other: from the first, up to the last.
-#: Each takes the interpreter lock from the caller for a moment, 50 µs of a call that may take a few milliseconds.
-_FIRST_LOOK_S: Final = 0.005
-_LAST_LOOK_S: Final = 0.02
+#: Seconds between two looks at all callers; each takes the interpreter lock for some 20 µs.
+_LOOK_INTERVAL_S: Final = 0.005
 
-#: Seconds between two looks while the caller is in a long batch and nothing may be completed beside it.
-_NEXT_LOOK_S: Final = 0.002
+#: Seconds for which the lookout stays without anybody to look after.
+_STAYS_S: Final = 0.5
+
+#: Seconds between two looks of who helps out while nothing may be completed.
+_HELP_INTERVAL_S: Final = 0.002
 
 
 class Relief:
@@ -38,7 +42,7 @@ class Relief:
     Parameters
     ----------
     crew : Crew
-        Lends the thread, once the caller runs its first batch and until the call ends.
+        Lends the threads.
     help_out : callable
         Called with whether batches may be completed meanwhile; does one thing that is due, or waits for it for a
         moment.
@@ -47,8 +51,8 @@ class Relief:
     def __init__(self, crew: Crew, help_out: Callable[[bool], object]) -> None:
         self._crew = crew
         self._help_out: Callable[[bool], object] | None = help_out
-        self._is_over = threading.Event()
-        self._runs = False
+        self._is_watched = False
+        self._has_help = False
         self._busy_since: float | None = None
         self._n_tasks = 1
         self._may_complete = False
@@ -73,30 +77,87 @@ class Relief:
         """Note that the caller runs a batch of ``n_tasks`` inside the block."""
         self._n_tasks, self._may_complete = n_tasks, may_complete
         self._busy_since = time.perf_counter()
-        if not self._runs:
-            self._runs = True
-            self._crew.run(self._look_after)
+        if not self._is_watched:
+            self._is_watched = True
+            _Lookout.get().watch(self, self._crew)
         try:
             yield
         finally:
             self._busy_since = None
 
     def end(self) -> None:
-        """Let the thread go."""
-        self._is_over.set()
+        """Note that the call is over."""
+        if self._is_watched:
+            _Lookout.get().leave(self)
         # The call holds this object and is held by its method.
         self._help_out = None
 
-    def _look_after(self) -> None:
-        """Look up until the call ends. The body of the crew's thread."""
-        pause = _FIRST_LOOK_S
-        while not self._is_over.wait(pause):
-            pause = min(_LAST_LOOK_S, 2 * pause)
-            help_out = self._help_out
-            while help_out is not None and self.running[1]:
-                help_out(self._may_complete)
-                if not self._may_complete and self._is_over.wait(_NEXT_LOOK_S):
-                    return
-                help_out = self._help_out
-            # Between two looks nothing of the call is held.
+    def look(self) -> None:
+        """Have somebody help out if the caller takes long. Called by the lookout."""
+        if self.running[1] and not self._has_help:
+            self._has_help = True
+            self._crew.run(self._help)
+
+    def _help(self) -> None:
+        """Help out until the caller is back. The body of the crew's thread."""
+        while (help_out := self._help_out) is not None and self.running[1]:
+            help_out(self._may_complete)
+            if not self._may_complete:
+                time.sleep(_HELP_INTERVAL_S)
             del help_out
+        self._has_help = False
+
+
+class _Lookout:
+    """Looks at all callers of the process that run batches themselves. Thread-safe."""
+
+    _of_process: ClassVar[_Lookout | None] = None
+    _class_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    @classmethod
+    def get(cls) -> _Lookout:
+        with cls._class_lock:
+            if cls._of_process is None:
+                cls._of_process = cls()
+            return cls._of_process
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watched: set[Relief] = set()
+        self._is_there = False
+
+    def watch(self, relief: Relief, crew: Crew) -> None:
+        with self._lock:
+            self._watched.add(relief)
+            starts, self._is_there = not self._is_there, True
+        if starts:
+            crew.run(self._look_out)
+
+    def leave(self, relief: Relief) -> None:
+        with self._lock:
+            self._watched.discard(relief)
+
+    def _look_out(self) -> None:
+        """Look at everybody until nobody has been there for a while. The body of the crew's thread."""
+        last_seen = time.perf_counter()
+        while True:
+            time.sleep(_LOOK_INTERVAL_S)
+            with self._lock:
+                watched = list(self._watched)
+                if not watched and time.perf_counter() - last_seen > _STAYS_S:
+                    self._is_there = False
+                    return
+            if watched:
+                last_seen = time.perf_counter()
+            # Between two looks nothing of a call is held.
+            while watched:
+                watched.pop().look()
+
+
+def _forget_in_child() -> None:
+    # A forked child has no lookout, whatever its parent's knows, and perhaps a lock that nobody will let go.
+    _Lookout._of_process, _Lookout._class_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
