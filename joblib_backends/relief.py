@@ -4,8 +4,8 @@ Where work is small the calling thread runs it, and nothing is handed over. But 
 done, starts what waits, or asks whether another tier pays, if one batch turns out to be long, to wait for its
 neighbours, or never to end.
 
-Who runs where: the caller notes what it does; one thread of the crew, the lookout, looks at all callers of the process a
-few milliseconds apart; for one that is in a long batch it lends another thread of the crew, which helps out until
+Who runs where: the caller notes what it does; one thread of the crew, the lookout, looks at all callers of the process
+a few milliseconds apart; for one that is in a long batch it lends another thread of the crew, which helps out until
 the caller is back. The lookout stays for a moment after the last call, because to wake a thread costs a small call a
 tenth of its time.
 """
