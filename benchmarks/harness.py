@@ -207,10 +207,12 @@ def _child(suite: Suite, workload: Timed, row: str) -> dict[str, Any]:
     seconds: list[float] = []
     digests, reports = set(), []
     start = perf_counter()
+    settled = start + suite.settles_s
     with suite.rows[row]():
         while len(seconds) < 1 + workload.repeats and not suite.has_enough(seconds[1:]):
             answer = run()
-            seconds.append((perf_counter() - start) / units)
+            if not seconds or start > settled:
+                seconds.append((perf_counter() - start) / units)
             digests.add(joblib.hash(answer))
             if gathered:
                 reports.append(gathered.take())

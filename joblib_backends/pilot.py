@@ -35,8 +35,9 @@ _log = logging.getLogger(__name__)
 _DECIDE_EVERY_S: Final = 0.02
 _SEEN_ONE_BY_ONE: Final = 4
 
-#: Seconds that a worker start is expected to take before one was measured (benchmarks/workers.py).
-_STARTUP_S: Final = 2.0
+#: Seconds that a worker start is expected to take before one was measured: 0.3 without scikit-learn, 1.2 with it
+#: (benchmarks/workers.py).
+_STARTUP_S: Final = 1.0
 
 
 class _Missed:

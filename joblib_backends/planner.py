@@ -119,7 +119,7 @@ class Readiness:
     """Whether process workers are there, how long a start takes, and what calls before this one lost without them."""
 
     n_ready: int = 0
-    startup_s: float = 2.0
+    startup_s: float = 1.0
     missed_s: float = 0.0
 
 
@@ -156,7 +156,10 @@ _MAPPED_PER_S: Final = 5e9
 
 #: Part of a worker start that work must have lasted, or that workers must be going to save, before they are started.
 #: Others work meanwhile, so a start costs no time, only a core that may have been idle; and who calls once calls again.
-_PATIENCE: Final = 0.1
+_PATIENCE: Final = 0.05
+
+#: Seconds that a tier must have been busy before its pace counts: the first few tasks come one by one.
+_HAS_A_PACE_S: Final = 0.01
 
 #: Times its usual length after which a batch of the calling thread is one that takes long.
 _LONG: Final = 2.0
@@ -367,7 +370,7 @@ class CallPlanner:
     def _measured_pace(self, tier: str, solo_s: float) -> float | None:
         """Return the seconds in which a task gets done on ``tier``, if that was measured now or earlier."""
         seen = self._seen.get(tier)
-        if seen is not None and seen.n_batches >= 2 * self._facts.n_jobs:
+        if seen is not None and seen.n_batches >= 2 * self._facts.n_jobs and seen.busy_s > _HAS_A_PACE_S:
             return seen.pace_s(self._facts.n_jobs)
         if self._known is None or tier not in self._known.pace_s:
             return None
