@@ -186,7 +186,9 @@ class _Call:
         self._n_seen += 1
         self._counts[batch.tier] += n_tasks
         self._task_s = wall_s / n_tasks
-        self._planner.observe(BatchSeen(batch.tier, n_tasks, wall_s, batch.cpu_s, batch.delay_s, self._newly_busy_s))
+        times = (wall_s, batch.cpu_s, batch.delay_s, self._newly_busy_s)
+        n_together = min(len(self._in_flight) + 1, self._setting.cores)
+        self._planner.observe(BatchSeen(batch.tier, n_tasks, *times, n_together))
         self._newly_busy_s = 0.0
         self._dispatch(is_first_slice=False)
         self._replan()
@@ -201,7 +203,9 @@ class _Call:
         """Start what may start."""
         while self._waiting:
             runs_here = self._waiting[0].tier == "inline"
-            ahead = 0 if runs_here else self._setting.cores
+            # Nothing is handed over ahead before the first result.
+            waits_to_see = not self._planner.is_fixed and self._n_seen == 0
+            ahead = 0 if runs_here or waits_to_see else self._setting.cores
             if len(self._in_flight) >= self._setting.cores + ahead or (runs_here and self._inline is not None):
                 return
             self._start(self._waiting.popleft())

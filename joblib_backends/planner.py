@@ -386,7 +386,7 @@ class CallPlanner:
         """Return the seconds of a task beside its neighbours, and how many of them run at once."""
         n_jobs, cores = self._facts.n_jobs, self._facts.cores if tier != "dask" else self._facts.n_jobs
         seen = self._seen.get(tier)
-        if seen is not None and seen.n_batches >= min(n_jobs, 4):
+        if seen is not None and seen.n_batches:
             return seen.task_s, seen.useful_slots(n_jobs, cores)
         if self._known is not None and tier in self._known.task_s:
             known = _one_task(self._known.task_s[tier], self._known.efficiency[tier])
