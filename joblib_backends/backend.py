@@ -326,9 +326,11 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def stop_call(self) -> None:
         """End the call, and keep its report if it is an outermost one."""
-        call, self._call = self._call, None
+        call = self._call
         if call is not None:
+            # Kept until it has ended: Ctrl-C inside of it leaves the rest to ``terminate``.
             report = call.end()
+            self._call = None
             if not self.nesting_level:
                 record(report)
 

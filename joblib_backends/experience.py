@@ -8,7 +8,6 @@ is waiting: for the GIL, for memory, for I/O.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -27,6 +26,9 @@ _WAITS: Final = 0.75
 #: Tasks that together used about one core or more, and waited, waited for the GIL; with less it was something outside.
 _ONE_CORE: Final = 0.75
 
+#: Seconds below which a time is none.
+_SHORTEST_S: Final = 1e-9
+
 #: Seconds beyond which a time is nonsense: a year.
 _LONGEST_S: Final = 3.2e7
 
@@ -42,7 +44,8 @@ class BatchSeen(NamedTuple):
     delay_s: float = 0.0
     #: Seconds since the batch before it in which the call had anything running. The time in which a slow generator
     #: kept everybody waiting is not among them; what handing over and taking back cost is.
-    busy_s: float = 0.0
+    #: None if batches ran on other tiers, too: then it tells nothing of this one.
+    busy_s: float | None = 0.0
     #: Batches of the call that ran at that time, itself among them.
     n_together: int = 1
 
@@ -58,6 +61,8 @@ class TierSeen:
     cpu_s: float = 0.0
     busy_s: float = 0.0
     delay_s: float = 0.0
+    #: Tasks that got done in ``busy_s``.
+    n_paced: int = 0
 
     def add(self, batch: BatchSeen) -> None:
         """Take a batch in; times that a jumping clock made are taken as zero."""
@@ -67,8 +72,10 @@ class TierSeen:
         self.n_tasks += batch.n_tasks
         self.wall_s += max(wall_s - delay_s, min(cpu_s, wall_s))
         self.cpu_s += cpu_s
-        self.busy_s += _sane(batch.busy_s)
-        self.delay_s += min(delay_s, wall_s)
+        if batch.busy_s is not None:
+            self.busy_s += _sane(batch.busy_s)
+            self.delay_s += min(delay_s, wall_s)
+            self.n_paced += batch.n_tasks
 
     @property
     def task_s(self) -> float:
@@ -82,7 +89,9 @@ class TierSeen:
 
     def pace_s(self, n_jobs: int) -> float:
         """Return the seconds in which the call got a task done here, all jobs together, were the machine not busy."""
-        return max(self.busy_s - self.delay_s / max(1, n_jobs), self.cpu_s / max(1, n_jobs)) / max(1, self.n_tasks)
+        n_jobs = max(1, n_jobs)
+        pace_s = (self.busy_s - self.delay_s / n_jobs) / max(1, self.n_paced)
+        return max(pace_s, self.cpu_s / max(1, self.n_tasks) / n_jobs)
 
     def useful_slots(self, n_jobs: int, cores: int) -> float:
         """Return how many of ``n_jobs`` such tasks a machine with ``cores`` can run at full speed at once."""
@@ -155,6 +164,8 @@ class Experience:
             raise ValueError("an entry is not that of a kind of task")
         numbers = {name: _number(data[name]) for name in ("solo_s", "n_tasks", "n_calls")}
         by_tier = {name: _numbers(data[name]) for name in ("task_s", "efficiency", "pace_s")}
+        if by_tier["task_s"].keys() != by_tier["efficiency"].keys():
+            raise ValueError("it is not known of each tier what is known of another")
         return cls(numbers["solo_s"], numbers["n_tasks"], **by_tier, n_calls=numbers["n_calls"])
 
 
@@ -194,12 +205,13 @@ def _merged(older: Mapping[str, float], newer: Mapping[str, float]) -> dict[str,
 
 def _number(value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 <= value <= _LONGEST_S:
-        raise ValueError(f"{value!r} is not a number of seconds or tasks")
-    return float(value)
+    if not is_number or not 0 <= value <= _LONGEST_S:
+        raise ValueError("it is not a number of seconds or tasks")
+    # What is next to nothing is nothing: divided by, it would be more than any number.
+    return float(value) if value >= _SHORTEST_S else 0.0
 
 
 def _numbers(value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{value!r} is not a number for each tier")
+        raise ValueError("it is not a number for each tier")
     return {name: _number(number) for name, number in value.items()}

@@ -6,7 +6,8 @@ size, with the same number of jobs: then one tells how long the other takes. Not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,8 +21,11 @@ _DATA: Final = frozenset({"builtins", "numpy", "scipy", "pandas", "pyarrow", "po
 #: Steps of a pipeline that the name shows.
 _MAX_STEPS: Final = 8
 
-#: Arrays looked at in a list of arrays.
-_MAX_ITEMS: Final = 64
+#: How deep estimators inside of estimators are named.
+_MAX_DEPTH: Final = 4
+
+#: Values looked at for their size, those in lists among them; a longer list counts by its length.
+_MAX_ITEMS: Final = 256
 
 
 @dataclass(frozen=True)
@@ -34,52 +38,71 @@ class Kind:
 
 
 def kind_of(function: Callable[[], Any], n_jobs: int) -> Kind:
-    """Return the kind of a batch's first task; some 10 µs, once a call."""
+    """Return the kind of a batch's first task; some 10 µs, once a call. Never raises: a name is no reason to fail."""
     items = getattr(function, "items", None)
     callee, args, kwargs = items[0] if items else (function, (), {})
-    values = (*args, *kwargs.values())
-    nbytes = sum(map(_nbytes_of, values))
     inner = innermost(callee)
     name = f"{getattr(inner, '__module__', None)}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
-    owner = getattr(callee, "__self__", None)
-    estimators = [_estimator_name(value) for value in (owner, *values) if _is_estimator(value)]
-    size = nbytes.bit_length() // 2
-    return Kind(f"{name}({', '.join(estimators)}) of 4**{size} bytes, {n_jobs} jobs", nbytes)
+    values = (*args, *kwargs.values())
+    try:
+        nbytes = _nbytes_of(values)
+        names = [_estimator_name(value) for value in (getattr(callee, "__self__", None), *values)]
+    except Exception:
+        # An argument's own code: a proxy whose attributes raise, or an attribute that is not what it is called.
+        nbytes, names = 0, []
+    estimators = ", ".join(name for name in names if name)
+    return Kind(f"{name}({estimators}) of 4**{nbytes.bit_length() // 2} bytes, {n_jobs} jobs", nbytes)
 
 
 def _is_estimator(value: Any) -> bool:
-    return value is not None and not isinstance(value, type) and root_package(type(value)) not in _DATA and (
-        hasattr(value, "get_params") or hasattr(value, "fit")
-    )  # fmt: skip
+    if value is None or isinstance(value, type) or root_package(type(value)) in _DATA:
+        return False
+    return hasattr(type(value), "get_params") or hasattr(type(value), "fit")
 
 
-def _estimator_name(estimator: Any, depth: int = 0) -> str:
-    name = type(estimator).__qualname__
-    attributes = getattr(estimator, "__dict__", {})
-    steps = attributes.get("steps") or attributes.get("transformers") or attributes.get("estimators") or ()
-    inner = [step[1] for step in steps[:_MAX_STEPS] if isinstance(step, tuple | list) and len(step) > 1]
-    inner += [attributes[key] for key in ("estimator", "base_estimator") if key in attributes]
-    names = [_estimator_name(step, depth + 1) for step in inner if _is_estimator(step) and depth < 4]
-    return f"{name}({', '.join(names)})" if names else name
+def _estimator_name(value: Any, depth: int = 0) -> str:
+    """Return the class of an estimator with those inside of it, or "" for anything else."""
+    if not _is_estimator(value):
+        return ""
+    name = type(value).__qualname__
+    attributes = getattr(value, "__dict__", {})
+    inner = [attributes[key] for key in ("estimator", "base_estimator") if key in attributes]
+    for key in ("steps", "transformers", "estimators"):
+        steps = attributes.get(key)
+        if isinstance(steps, list | tuple):
+            inner += [step[1] for step in steps[:_MAX_STEPS] if isinstance(step, tuple | list) and len(step) > 1]
+    names = [_estimator_name(step, depth + 1) for step in inner] if depth < _MAX_DEPTH else []
+    shown = ", ".join(filter(None, names))
+    return f"{name}({shown})" if shown else name
 
 
-def _nbytes_of(value: Any) -> int:
-    """Return the bytes of an array, table or sparse matrix, or of the arrays in a short list, without touching them."""
-    if isinstance(value, list | tuple):
-        return sum(map(_nbytes_of, value)) if len(value) <= _MAX_ITEMS else 8 * len(value)
-    if root_package(type(value)) not in _DATA:
-        return 0
+def _nbytes_of(values: Iterable[Any]) -> int:
+    """Return the bytes of arrays, tables and sparse matrices, also in short lists, without touching them."""
+    nbytes, waiting, n_looked_at = 0, list(values), 0
+    while waiting and n_looked_at < _MAX_ITEMS:
+        value = waiting.pop()
+        n_looked_at += 1
+        if isinstance(value, list | tuple):
+            if len(value) <= _MAX_ITEMS:
+                waiting.extend(value)
+            else:
+                nbytes += 8 * len(value)
+        elif root_package(type(value)) in _DATA:
+            nbytes += _nbytes_of_data(value)
+    return nbytes
+
+
+def _nbytes_of_data(value: Any) -> int:
     if isinstance(value, str | bytes | bytearray):
         return len(value)
     nbytes = getattr(value, "nbytes", None)
     if isinstance(nbytes, int):
         return nbytes
     shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple):
-        # A table, or a sparse matrix, which holds fewer: asking pandas for its memory takes 100 µs.
-        stored = getattr(value, "nnz", None)
-        cells = 1
-        for extent in shape:
-            cells *= int(extent) if isinstance(extent, int) else 1
-        return 8 * (stored if isinstance(stored, int) else cells)
-    return 0
+    if not isinstance(shape, tuple):
+        return 0
+    # A table, or a sparse matrix, which holds fewer: asking pandas for its memory takes 100 µs.
+    stored = getattr(value, "nnz", None)
+    if isinstance(stored, int):
+        return 8 * stored
+    return 8 * math.prod(int(extent) for extent in shape if isinstance(extent, int))

@@ -22,7 +22,7 @@ from .experience import BatchSeen
 from .kinds import kind_of
 from .planner import CallPlanner, Facts, Plan, Progress, Readiness, choose_tier
 from .profile import Profile
-from .thread_safety import TrustCheck
+from .thread_safety import TrustCheck, innermost, root_package
 from .tiers import load_tier, loaded_tier
 from .worker import Spent
 from .workers.preload import packages_of
@@ -67,7 +67,8 @@ class Pilot:
         self._facts = facts
         self._config = config
         self._profile = profile
-        self._n_tasks = n_tasks
+        #: Tasks of the call, where it has a length.
+        self.n_tasks = n_tasks
         self._lock = threading.Lock()
         self._kind = ""
         self._packages: frozenset[str] = frozenset()
@@ -78,6 +79,9 @@ class Pilot:
         self._started = time.perf_counter()
         self._decided = 0.0
         self._workers_asked = False
+        self._cannot_start = False
+        self._glues = True
+        self._items: Any = None
         self._task_s = 0.0
         self._busy_s = 0.0
         self.plan = choose_tier(facts)
@@ -124,8 +128,10 @@ class Pilot:
                 known = None if self._profile is None else self._profile.lookup(kind.name)
                 self._kind = kind.name
                 self._planner = CallPlanner(self._facts, known, kind.nbytes)
-                self._items = getattr(function, "items", None) or [(function, (), {})]
-                self._decide(Progress(n_pending, n_tasks=self._n_tasks))
+                if "processes" in self._planner.allowed:
+                    self._items = getattr(function, "items", None) or [(function, (), {})]
+                self._decide(Progress(n_pending, n_tasks=self.n_tasks))
+            self._glues = self._may_glue(function)
             self._is_met = True
             self.planning_s += time.thread_time() - started
 
@@ -146,11 +152,24 @@ class Pilot:
     def _trusts(self, function: Callable[[], Any]) -> bool:
         return self._trust.allows(getattr(function, "items", None) or [(function, (), {})])
 
+    def _may_glue(self, function: Callable[[], Any]) -> bool:
+        """Return whether tasks may share a batch.
+
+        On threads tasks of a user may wait for each other, and would for ever in one batch; joblib makes none there.
+        scikit-learn's own do not.
+        """
+        if self._facts.require is None and self._facts.prefer != "threads":
+            return True
+        items: Any = getattr(function, "items", None)
+        return bool(items) and root_package(innermost(items[0][0])) == "sklearn"
+
     def batch_size(self, n_pending: int, *, more_to_come: bool) -> int:
         """Return how many tasks to put into the next batches."""
+        if not self._glues:
+            return 1
         started = time.thread_time()
         with self._lock:
-            size = self._planner.batch_size(Progress(n_pending, more_to_come, self._n_tasks))
+            size = self._planner.batch_size(Progress(n_pending, more_to_come, self.n_tasks))
             self.planning_s += time.thread_time() - started
         return size
 
@@ -166,17 +185,20 @@ class Pilot:
         """Whether all that is planned may have to be planned anew with the first result."""
         return self.adapts and self._n_seen == 0
 
-    def observe(self, tier: str, n_tasks: int, spent: Spent, busy_s: float, n_together: int) -> None:
+    def observe(
+        self, tier: str, n_tasks: int, spent: Spent, busy_s: float, n_together: int, *, is_mixed: bool = False
+    ) -> None:
         """Take in what a finished batch spent.
 
-        ``busy_s`` is how long the call has been running anything so far, ``n_together`` how many batches it ran then.
+        ``busy_s`` is how long the call has been running anything so far, ``n_together`` how many batches it ran then,
+        ``is_mixed`` whether some of them since the last one were on another tier.
         """
         started = time.thread_time()
         self._task_s = spent.wall / max(1, n_tasks)
         with self._lock:
             self._n_seen += 1
             newly_busy_s, self._busy_s = max(0.0, busy_s - self._busy_s), max(busy_s, self._busy_s)
-            times = (spent.wall, spent.cpu, spent.delay, newly_busy_s)
+            times = (spent.wall, spent.cpu, spent.delay, None if is_mixed else newly_busy_s)
             self._planner.observe(BatchSeen(tier, n_tasks, *times, n_together))
             self.planning_s += time.thread_time() - started
 
@@ -193,27 +215,38 @@ class Pilot:
             return False
         with self._lock:
             before, started = self.plan.tier, time.thread_time()
-            self._decide(Progress(n_pending, more_to_come, self._n_tasks, now - self._started, *running))
+            self._decide(Progress(n_pending, more_to_come, self.n_tasks, now - self._started, *running))
             self.planning_s += time.thread_time() - started
             return self.plan.tier != before
 
     def _decide(self, progress: Progress) -> None:
         self._decided = time.perf_counter()
-        plan = self._planner.decide(progress, self._readiness())
+        workers = self._readiness()
+        plan = self._planner.decide(progress, workers)
+        if workers.n_ready:
+            # Nothing is to be started any more; the first task's data must not live as long as the call.
+            self._items = None
         if self.predicted_s is None and plan.predicted_s is not None:
             self.predicted_s = self._decided - self._started + plan.predicted_s
         self.plan = plan
         if plan.start_workers and not self._workers_asked:
             self._workers_asked = True
+            items, self._items = self._items, None
             # Aside, because what starts them may have to be imported first, 20 ms.
-            start = functools.partial(_start_workers, self._config, self._facts.n_jobs, self._items)
+            start = functools.partial(_start_workers, self._config, self._facts.n_jobs, items)
             Crew.shared().run(start)
 
     def _readiness(self) -> Readiness:
         tier = loaded_tier("processes") if "processes" in self._planner.allowed else None
-        if tier is None:
+        if tier is None or self._cannot_start:
             return Readiness(0, _STARTUP_S, _Missed.seconds)
-        return Readiness(tier.n_ready(self._config), tier.startup_seconds() or _STARTUP_S, _Missed.seconds)
+        try:
+            n_ready = tier.n_ready(self._config)
+        except Exception as error:
+            # An initializer that cannot travel, in a call that may not need workers at all.
+            _log.debug("Process workers cannot be used: %s", error)
+            self._cannot_start, n_ready = True, 0
+        return Readiness(n_ready, tier.startup_seconds() or _STARTUP_S, _Missed.seconds)
 
     def end(self, *, failed: bool) -> dict[str, str]:
         """Keep what the call taught; return the reason for the last plan's tier with the numbers of the whole call."""

@@ -169,7 +169,7 @@ _LONG: Final = 2.0
 _OVERDUE: Final = 10
 
 #: How much larger a batch may be than the largest before it: task times are not known to be even.
-_GROWTH: Final = {"inline": 64}
+_GROWTH: Final = {"inline": 8}
 _GROWTH_ELSEWHERE: Final = 4
 
 #: Parts into which the rest of a call is cut per job, so that no straggler holds the end up.
@@ -276,7 +276,7 @@ class CallPlanner:
             {
                 name: seen.pace_s(self._facts.n_jobs)
                 for name, seen in self._seen.items()
-                if 2 * seen.n_tasks > self._n_done
+                if seen.n_paced > 0.9 * self._n_done
             },
         )
 
@@ -446,13 +446,17 @@ class CallPlanner:
         tier = self.plan.tier
         runs_s = _COSTS.get(tier, _UNKNOWN_COST).batch_runs_s
         size = int(runs_s / solo_s) if solo_s > 0 else 1 << 16
-        if self._known is None:
+        n_left = self._n_left(progress)
+        if self._known is None or tier == "inline":
             size = min(size, _GROWTH.get(tier, _GROWTH_ELSEWHERE) * self._largest_batch)
         if tier != "inline":
-            size = min(size, self._n_left(progress) // (_PARTS_PER_JOB * self._facts.n_jobs))
+            size = min(size, n_left // (_PARTS_PER_JOB * self._facts.n_jobs))
+        elif n_left * solo_s > runs_s:
+            # If they are longer than it seems, the other jobs must find something to take.
+            size = min(size, n_left // self._facts.n_jobs)
         elif self._knows_how_many(progress):
             # Exactly what is left: of a batch that is not full joblib makes ten.
-            size = min(size, self._n_left(progress) - progress.n_pending)
+            size = min(size, n_left - progress.n_pending)
         return max(1, size)
 
 

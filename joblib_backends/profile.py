@@ -125,12 +125,25 @@ def _read(path: Path) -> dict[str, Experience]:
         kinds = document.get("kinds")
         if not isinstance(kinds, dict):
             raise ValueError("it has no kinds of tasks")
-        return {name: Experience.from_dict(data) for name, data in kinds.items()}
+        return _usable(path, kinds)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         _log.debug("The profile %s is ignored: %s", path, error)
         return {}
+
+
+def _usable(path: Path, kinds: dict[str, Any]) -> dict[str, Experience]:
+    """Return the kinds that can be read; one that cannot does not spoil the others."""
+    found, problems = {}, []
+    for name, data in kinds.items():
+        try:
+            found[name] = Experience.from_dict(data)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        _log.debug("%d kinds in the profile %s are ignored: %s", len(problems), path, problems[0])
+    return found
 
 
 def _replace(path: Path, text: str) -> None:

@@ -44,12 +44,15 @@ class _PythonStream(_Stream):
         self._tasks: Any = random.Random().getstate()
 
     def enter(self) -> None:
-        self._parent = random.getstate()
+        parent = random.getstate()
+        self._parent = parent
         random.setstate(self._tasks)
 
     def leave(self) -> None:
-        self._tasks = random.getstate()
-        random.setstate(self._parent)
+        if self._parent is not None:
+            self._tasks = random.getstate()
+            random.setstate(self._parent)
+            self._parent = None
 
 
 class _NumpyStream(_Stream):
@@ -114,36 +117,39 @@ class TaskRandomness:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._n_inside = 0
+        self._inside: set[object] = set()
         self._streams: list[_Stream] = [_PythonStream()]
         self._knows_numpy = False
 
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Let what runs inside the block draw from the tasks' streams, and leave the parent's as they are."""
-        self.enter()
+        token = self.enter()
         try:
             yield
         finally:
-            self.leave()
+            self.leave(token)
 
-    def enter(self) -> None:
-        """Put the tasks' streams in place until :meth:`leave`."""
+    def enter(self) -> object:
+        """Put the tasks' streams in place until the object that is returned is given to :meth:`leave`."""
+        token = object()
         with self._lock:
-            self._n_inside += 1
-            if self._n_inside > 1:
-                return
+            self._inside.add(token)
+            if len(self._inside) > 1:
+                return token
             if not self._knows_numpy and "numpy.random" in sys.modules:
-                self._knows_numpy = True
                 self._streams.append(_NumpyStream())
+                self._knows_numpy = True
             for stream in self._streams:
                 stream.enter()
+        return token
 
-    def leave(self) -> None:
+    def leave(self, token: object) -> None:
         """Put the parent's streams back, if nobody else is inside."""
         with self._lock:
-            self._n_inside -= 1
-            if self._n_inside == 0:
+            was_inside = token in self._inside
+            self._inside.discard(token)
+            if was_inside and not self._inside:
                 for stream in self._streams:
                     stream.leave()
 

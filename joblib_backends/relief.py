@@ -12,6 +12,7 @@ tenth of its time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -96,16 +97,22 @@ class Relief:
         """Have somebody help out if the caller takes long. Called by the lookout."""
         if self.running[1] and not self._has_help:
             self._has_help = True
-            self._crew.run(self._help)
+            try:
+                self._crew.run(self._help)
+            except BaseException:
+                self._has_help = False
+                raise
 
     def _help(self) -> None:
         """Help out until the caller is back. The body of the crew's thread."""
-        while (help_out := self._help_out) is not None and self.running[1]:
-            help_out(self._may_complete)
-            if not self._may_complete:
-                time.sleep(_HELP_INTERVAL_S)
-            del help_out
-        self._has_help = False
+        try:
+            while (help_out := self._help_out) is not None and self.running[1]:
+                help_out(self._may_complete)
+                if not self._may_complete:
+                    time.sleep(_HELP_INTERVAL_S)
+                del help_out
+        finally:
+            self._has_help = False
 
 
 class _Lookout:
@@ -131,7 +138,13 @@ class _Lookout:
             self._watched.add(relief)
             starts, self._is_there = not self._is_there, True
         if starts:
-            crew.run(self._look_out)
+            try:
+                crew.run(self._look_out)
+            except BaseException as error:
+                self._is_there = False
+                # Without a thread the call goes on alone; the next one tries again.
+                if not isinstance(error, RuntimeError):
+                    raise
 
     def leave(self, relief: Relief) -> None:
         with self._lock:
@@ -139,6 +152,12 @@ class _Lookout:
 
     def _look_out(self) -> None:
         """Look at everybody until nobody has been there for a while. The body of the crew's thread."""
+        try:
+            self._look_until_alone()
+        finally:
+            self._is_there = False
+
+    def _look_until_alone(self) -> None:
         last_seen = time.perf_counter()
         while True:
             time.sleep(_LOOK_INTERVAL_S)
@@ -151,7 +170,8 @@ class _Lookout:
                 last_seen = time.perf_counter()
             # Between two looks nothing of a call is held.
             while watched:
-                watched.pop().look()
+                with contextlib.suppress(RuntimeError):  # no thread can be started now
+                    watched.pop().look()
 
 
 def _forget_in_child() -> None:

@@ -31,6 +31,7 @@ Invariants, each tested:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -150,6 +151,7 @@ class Call:
         self._waiting: deque[_Batch] = deque()
         self._in_flight: set[_Batch] = set()
         self._busy_s = self._busy_since = 0.0
+        self._mixed = False
         self._unfinished: set[BatchFuture] = set()
         self._n_pending_tasks = 0
         self._first_submit = 0.0
@@ -161,7 +163,6 @@ class Call:
         self._crew = Crew.shared()
         warm["crew"] = self._crew
         self._has_completer = self._caller_completes
-        self._is_guarded = False
         self._relief = Relief(self._crew, self._help_out)
         self._progress = threading.Event()
         self._ended = False
@@ -184,6 +185,7 @@ class Call:
             self._make_ready(batch)
         except BaseException as error:
             self._enqueue(batch, functools.partial(Outcome, None, error))
+            self._end_if_call_failed(future)
             return future
         if self._joblib_polls and batch.tier is not None and batch.tier.runs_in_caller:
             # In this form joblib asks for no result before it is there: the completer is the caller.
@@ -310,10 +312,11 @@ class Call:
             ended, self._ended = self._ended, True
         failed = self._failure is not None
         if not ended:
-            self._relief.end()
-            self._unguard()
-            self._completions.put(None)
-            self._router.close()
+            try:
+                self._relief.end()
+                self._completions.put(None)
+            finally:
+                self._router.close()
             self._tally.explain(self._pilot.end(failed=failed))
         return self._tally.report(
             failed=failed, predicted_seconds=self._pilot.predicted_s, planning_seconds=self._pilot.planning_s
@@ -341,22 +344,13 @@ class Call:
         if not self._pilot.adapts:
             return tier.outcome(tier.submit(work))
         guards = self._pilot.guards_caller
-        if guards and not self._is_guarded:
-            self._is_guarded = True
-            task_randomness.enter()
-        # The user's generator must not draw from the tasks' random numbers: no task, no completer beside it.
-        draws_apart = guards and self._more_to_come(self._caller_came)
-        try:
-            with self._relief.standing_by(batch.future.size, may_complete=not draws_apart):
-                return tier.outcome(tier.submit(work))
-        finally:
-            if draws_apart:
-                self._unguard()
-
-    def _unguard(self) -> None:
-        if self._is_guarded:
-            self._is_guarded = False
-            task_randomness.leave()
+        # The user's generator must not draw from the tasks' random numbers: no completer beside such a task.
+        draws_apart = guards and self._pilot.n_tasks is None and self._more_to_come(self._caller_came)
+        with (
+            task_randomness.separate() if guards else contextlib.nullcontext(),
+            self._relief.standing_by(batch.future.size, may_complete=not draws_apart),
+        ):
+            return tier.outcome(tier.submit(work))
 
     # ---- called in any thread, a tier's own included
 
@@ -391,6 +385,7 @@ class Call:
     def _note_done(self, batch: _Batch) -> None:
         with self._lock:
             batch.n_together = min(len(self._in_flight), self._n_jobs)
+            self._mixed = self._mixed or any(other.tier is not batch.tier for other in self._in_flight)
             self._in_flight.discard(batch)
             if not self._in_flight:
                 self._busy_s += time.perf_counter() - self._busy_since
@@ -407,7 +402,9 @@ class Call:
         assert tier is not None
         # What is handed over cannot be taken back.
         waits_to_see = self._pilot.has_seen_nothing or (self._joblib_polls and tier.binds_early)
-        ahead = 0 if waits_to_see else tier.look_ahead
+        # A tier keeps its own batches to n_jobs; what is handed over ahead while others run elsewhere would exceed it.
+        is_mixed = any(other.tier is not tier for other in self._in_flight)
+        ahead = 0 if waits_to_see or is_mixed else tier.look_ahead
         return tier.runs_in_caller == in_caller and len(self._in_flight) < self._n_jobs + ahead
 
     def _start(self, batch: _Batch) -> None:
@@ -524,6 +521,8 @@ class Call:
         with self._lock:
             waiting = list(self._waiting)
         for batch in waiting:
+            if self._failure is not None or self._ended:
+                return
             try:
                 self._make_ready(batch)
             except BaseException as error:
@@ -540,12 +539,13 @@ class Call:
         with self._lock:
             self._n_pending_tasks -= future.size
             is_wanted = future in self._unfinished
-            busy_s = self._busy_seconds()
+            busy_s, is_mixed, self._mixed = self._busy_seconds(), self._mixed, False
             if succeeded:
                 self._unfinished.discard(future)
         self._tally.add_end(future.size, outcome.spent.wall, succeeded=succeeded)
         if succeeded and batch.plan is not None:
-            self._pilot.observe(batch.plan.tier, future.size, outcome.spent, busy_s, batch.n_together)
+            size, together = future.size, batch.n_together
+            self._pilot.observe(batch.plan.tier, size, outcome.spent, busy_s, together, is_mixed=is_mixed)
         if is_wanted and outcome.error is not None:
             self._fail(outcome.error, future)
         elif is_wanted:
@@ -572,6 +572,9 @@ class Call:
                 callback(future)
         except BaseException as error:
             self._fail(error, None)
+            if not isinstance(error, Exception) and threading.get_ident() == self._caller:
+                # Ctrl-C before joblib noted it: swallowed here, joblib would wait for batches that nobody dispatches.
+                raise
 
 
 def _same(outcome: Outcome) -> Outcome:

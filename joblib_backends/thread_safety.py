@@ -78,7 +78,13 @@ class TrustCheck:
         walk = _Walk(self._of_first)
         trusted = walk.trusts(task)
         if trusted and not self._of_first:
-            self._of_first = walk.seen
+            # No data: it would live as long as the call, and is looked at in no time.
+            kept = (FunctionType, BuiltinFunctionType, type, ModuleType)
+            self._of_first = {
+                key: value
+                for key, value in walk.seen.items()
+                if isinstance(value, kept) or root_package(type(value)) in _TRUSTED_CODE
+            }
         return trusted
 
 

@@ -84,7 +84,8 @@ class _Schedstat:
         self._last = self._read()
 
     def __del__(self) -> None:
-        if self._descriptor is not None:
+        # A child may have closed it, and have another file by that number now.
+        if self._descriptor is not None and self.pid == os.getpid():
             os.close(self._descriptor)
 
     @classmethod

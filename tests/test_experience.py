@@ -101,6 +101,8 @@ BAD = [
     {**SLOW.as_dict(), "task_s": {"threads": None}},
     {**SLOW.as_dict(), "task_s": {"threads": 1e300}},
     {**SLOW.as_dict(), "more": 1},
+    {**SLOW.as_dict(), "n_tasks": 10**400},
+    {**SLOW.as_dict(), "efficiency": {}},
     {name: value for name, value in SLOW.as_dict().items() if name != "pace_s"},
 ]
 
@@ -162,6 +164,19 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_debug_line_and_replaced(p
     profile.learn("f", SLOW)
     profile.save()
     assert Profile(path).lookup("f") == SLOW
+
+
+def test_one_bad_entry_does_not_spoil_the_others(path, caplog):
+    kinds = {"f": SLOW.as_dict(), "g": {**SLOW.as_dict(), "solo_s": 10**400}}
+    path.parent.mkdir()
+    path.write_text(json.dumps({"version": 1, "kinds": kinds}))
+    with caplog.at_level(logging.DEBUG, "joblib_backends"):
+        assert (Profile(path).lookup("f"), Profile(path).lookup("g")) == (SLOW, None)
+    assert {record.levelname for record in caplog.records} == {"DEBUG"}
+
+
+def test_a_time_that_is_next_to_nothing_is_nothing():
+    assert Experience.from_dict({**SLOW.as_dict(), "solo_s": 1e-320}).solo_s == 0.0
 
 
 def test_a_file_may_be_deleted_at_any_time(path):

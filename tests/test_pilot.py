@@ -1,8 +1,10 @@
 """A call that changes its mind: begun in one place, moved while it runs, and right all the same."""
 
+import os
 import random
 import threading
 import time
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -12,10 +14,12 @@ from joblib import Parallel, delayed, parallel_backend
 from sklearn.preprocessing import StandardScaler
 
 from joblib_backends import last_report
+from joblib_backends.crew import Crew
 from joblib_backends.experience import Experience
 from joblib_backends.kinds import kind_of
 from joblib_backends.profile import Profile
 from joblib_backends.randomness import task_randomness
+from joblib_backends.relief import Relief
 from joblib_backends.tiers import load_tier
 
 
@@ -64,6 +68,38 @@ def test_a_kind_is_the_function_the_estimators_and_the_size_of_the_data():
 def test_every_callable_has_a_kind(function):
     assert kind_of(Items((function, (), {})), 2).name
     assert kind_of(function, 2).name
+
+
+class Odd:
+    """Has what estimators have, by accident."""
+
+    steps = 1000
+    estimators = {"a": 1}  # noqa: RUF012
+
+    def fit(self):
+        return self
+
+    @property
+    def transformers(self):
+        raise RuntimeError("not now")
+
+
+class Proxy:
+    def __getattr__(self, name):
+        raise RuntimeError("outside of a request")
+
+
+def test_what_an_argument_does_when_it_is_looked_at_does_not_matter():
+    endless = []
+    endless.append(endless)
+    deep = [0]
+    for _ in range(60):
+        deep = [deep, deep]
+    for value in (Odd(), Proxy(), endless, deep):
+        assert kind_of(Items((square, (value,), {})), 2).name.startswith(f"{__name__}.square")
+    assert kind_of(Items((Odd().fit, (), {})), 2).name
+    with parallel_backend("hybrid", n_jobs=2):
+        assert Parallel()(delayed(id)(value) for value in (endless, endless)) == [id(endless)] * 2
 
 
 def test_no_data_is_in_the_name_of_a_kind():
@@ -136,6 +172,54 @@ def test_tasks_that_wait_for_each_other_meet():
         known_as(meet, 1, solo_s=1e-6, n_tasks=2, task_s={"inline": 1e-6}, efficiency={"inline": 1.0})
         assert Parallel(prefer="threads")(delayed(meet)(i) for i in range(2)) == [0, 1]
         assert Parallel(require="sharedmem")(delayed(meet)(i) for i in range(6)) == list(range(6))
+
+
+@pytest.mark.parametrize("option", [{"require": "sharedmem"}, {"prefer": "threads"}])
+def test_tasks_that_wait_for_each_other_are_not_glued_together(option):
+    """However small the tasks before them were."""
+    barrier = threading.Barrier(2)
+
+    def task(i):
+        return i if i < 300 else barrier.wait(LONG) >= 0
+
+    with parallel_backend("hybrid", n_jobs=2):
+        assert Parallel(**option)(delayed(task)(i) for i in range(302)) == [*range(300), True, True]
+
+
+def test_a_call_that_moves_keeps_to_its_jobs(tmp_path):
+    """Begun in the calling thread and gone on in processes: never more than two at once."""
+    with parallel_backend("hybrid", n_jobs=2) as (backend, _):
+        load_tier("processes").start_workers(backend.config, 2, frozenset())
+        assert eventually(lambda: load_tier("processes").n_ready(backend.config), seconds=LONG)
+        most = Parallel()(delayed(count_running)(str(tmp_path), i) for i in range(24))
+    assert "processes" in last_report().tier
+    assert max(most) <= 2
+
+
+def count_running(folder, i):
+    mine = Path(folder, f"{i}")
+    mine.touch()
+    busy(0.03)
+    running = len(os.listdir(folder))
+    mine.unlink()
+    return running
+
+
+def test_a_call_goes_on_where_no_thread_can_be_started(monkeypatch):
+    class NoThreads:
+        def run(self, body):
+            raise RuntimeError("can't start new thread")
+
+    relief = Relief(NoThreads(), lambda may_complete: None)
+    with relief.standing_by(1, may_complete=True):
+        pass
+    relief.end()
+    # And the next one that can be looked after is.
+    helped = threading.Event()
+    relief = Relief(Crew.shared(), lambda may_complete: helped.set())
+    with relief.standing_by(1, may_complete=True):
+        assert helped.wait(LONG)
+    relief.end()
 
 
 def test_the_rest_of_a_call_goes_on_while_the_caller_is_in_a_long_task():

@@ -225,6 +225,16 @@ def test_after_a_failure_every_other_future_raises_it(tier, form):
                 call.retrieve(future, LONG)
 
 
+def test_a_batch_that_cannot_travel_after_a_failure_ends_with_that_failure():
+    with fake_control(), open_call() as call:
+        first = call.submit(fails, None, NESTED)
+        with pytest.raises(KeyError, match="the task"):
+            call.retrieve(first, LONG)
+        late = call.submit(BatchedCalls([(abs, ((i for i in []),), {})], NESTED), None, NESTED)
+        with pytest.raises(KeyError, match="the task"):
+            call.retrieve(late, LONG)
+
+
 def test_waiting_for_one_future_raises_the_failure_of_another():
     with open_call("test-manual") as call:
         slow, bad = (call.submit(function, None, NESTED) for function in (results_of(0), fails))
