@@ -455,6 +455,7 @@ def test_calls_are_served_in_turn(pool, tmp_path):
     for i in range(1, 7):
         futures.append(calls[i > 3].submit(identity, i))
         futures[-1].add_done_callback(lambda future: order.append(future.result()))
+    time.sleep(0.05)  # long, or the call's next batches were sent ahead of the other's
     Path(tmp_path, "go").touch()
     results(futures)
     assert eventually(lambda: len(order) == 6)
