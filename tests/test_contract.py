@@ -714,12 +714,14 @@ def test_the_input_may_use_the_same_backend(hybrid, form):
 
 
 INTERRUPTED = """
-    import gc, os, sys, time, joblib_backends
+    import gc, os, signal, sys, time, joblib_backends
     from conftest import own_processes
     from joblib import Parallel, delayed, parallel_backend
     from joblib_backends.workers.pool import WorkerPool
     from test_contract import hold, square
     folder, tier = sys.argv[1:]
+    # A suite that was started in the background has Ctrl-C ignored, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with parallel_backend("hybrid", tier=tier, n_jobs=2):
         try:
             Parallel(batch_size=1)(delayed(hold)(folder, i) for i in range(4))
