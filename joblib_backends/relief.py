@@ -154,8 +154,10 @@ class _Lookout:
         """Look at everybody until nobody has been there for a while. The body of the crew's thread."""
         try:
             self._look_until_alone()
-        finally:
+        except BaseException:
+            # Not where it left by itself: by then another may be there.
             self._is_there = False
+            raise
 
     def _look_until_alone(self) -> None:
         last_seen = time.perf_counter()
