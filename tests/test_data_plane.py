@@ -102,7 +102,7 @@ def test_scattered_values_move_once_whoever_brings_them(name, hybrid, tmp_path):
 
 
 def test_small_scattered_targets_are_counted_as_saved(hybrid):
-    x, y = ones(), np.arange(500)
+    x, y = ones(), np.arange(500) + next(_serial)
     with hybrid(scatter=[x, y]):
         Parallel(batch_size=1)(delayed(give)(y, i) for i in range(4))
         assert moved() == x.nbytes + y.nbytes
