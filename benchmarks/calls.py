@@ -123,9 +123,7 @@ TWO_TASKS = CallsWorkload(
     plain=lambda state: [no_op(i) for i in range(2)],
     repeats=30,
     goals=tuple(
-        Goal(f"hybrid {tier}", peer, 20)
-        for tier in ("threads", "processes")
-        for peer in ("loky", "threading")
+        Goal(f"hybrid {tier}", peer, 20) for tier in ("threads", "processes") for peer in ("loky", "threading")
     ),
 )
 

@@ -28,7 +28,8 @@ from simulated_machine import JOBLIB_TASK_S, Batch, Kind, Machine, Task
 from joblib_backends.budget import cores_for_batch
 from joblib_backends.experience import BatchSeen, Experience
 from joblib_backends.pilot import _DECIDE_EVERY_S, _SEEN_ONE_BY_ONE
-from joblib_backends.planner import _COSTS, _PLACED_PER_S, CallPlanner, Facts, Plan, Progress, Readiness
+from joblib_backends.planner import _COSTS, _PLACED_PER_S, CallPlanner, Progress, Readiness
+from joblib_backends.rules import Facts, Plan
 
 #: Seconds from asking for process workers until they are there (benchmarks/workers.py).
 STARTUP_S: Final = 2.0

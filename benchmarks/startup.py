@@ -36,9 +36,7 @@ print(time.perf_counter_ns() - start)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the cost of the line in the ``.pth`` file; return 1 if there is none to be found."""
     parser = argparse.ArgumentParser(description="Time the .pth file of joblib_backends.")
-    parser.add_argument(
-        "--starts", type=int, default=30, help="interpreters of each kind (default: %(default)s)"
-    )
+    parser.add_argument("--starts", type=int, default=30, help="interpreters of each kind (default: %(default)s)")
     starts = parser.parse_args(arguments).starts
     with tempfile.TemporaryDirectory() as scratch:
         folders = {kind: Path(scratch, kind) for kind in ("no .pth", "an empty .pth", "our .pth")}
@@ -58,14 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 inner[kind].append(part)
     print(f"{source}, {starts} starts of each kind, in turn; microseconds, median (quartiles)")
     for kind in folders:
-        print(
-            f"  {kind:<13} reading the folder {_summary(inner[kind])}, "
-            f"the whole interpreter {_summary(outer[kind])}"
-        )
+        print(f"  {kind:<13} reading the folder {_summary(inner[kind])}, the whole interpreter {_summary(outer[kind])}")
     nothing, empty, ours = (median(values) for values in inner.values())
-    print(
-        f"  our .pth costs {ours - nothing:.0f} microseconds per start, its line {ours - empty:.0f} of them"
-    )
+    print(f"  our .pth costs {ours - nothing:.0f} microseconds per start, its line {ours - empty:.0f} of them")
     return 0
 
 

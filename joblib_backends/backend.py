@@ -14,29 +14,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import os
 import queue
 import sys
-import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from joblib import parallel as joblib_parallel
 from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend
 from joblib.disk import memstr_to_bytes
 
+from .batches import BatchFuture, Callback
 from .budget import available_cores, cores_per_task, is_daemonic, resolve_n_jobs
 from .config import Config
-from .data.scope import ResidentScope
-from .data.store import default_store
+from .context import Context
 from .errors import ConfigurationError
 from .pilot import Pilot
-from .planner import Facts, choose_tier
 from .profile import Profile
 from .report import record
-from .scheduler import BatchFuture, Call, Callback
+from .rules import Facts, choose_tier
+from .scheduler import Call
 from .tiers import load_tier, tier_names
 
 __all__ = ["HybridBackend"]
@@ -53,31 +50,6 @@ _CAPPED_LEVEL: Final = 2
 
 #: Tiers that nested calls inherit. Other tiers leave them the choice within their worker.
 _INHERITED_TIERS: Final = ("inline", "threads")
-
-
-@dataclass
-class _Context:
-    """What the calls of one context share; when the last of its backends is collected, so is all of this."""
-
-    scope: ResidentScope
-    warm: dict[str, object] = field(default_factory=dict)
-    pid: int = field(default_factory=os.getpid)
-
-    @classmethod
-    def of_calls(cls) -> _Context:
-        """Return the context of a ``with`` block, or of whoever else holds a backend."""
-        return cls(ResidentScope(default_store(), outlives_calls=True))
-
-    def leave_to_parent(self) -> None:
-        """Start anew in a forked child: files, locks and workers are the parent's."""
-        if self.pid != os.getpid():
-            _inherited.append((self.scope, self.warm))
-            self.scope = ResidentScope(default_store(), outlives_calls=True)
-            self.warm, self.pid = {}, os.getpid()
-
-
-#: What a forked child must neither use nor let go of, because its end takes locks that the parent may have held.
-_inherited: Final[list[object]] = []
 
 
 class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
@@ -142,9 +114,6 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
     #: As the default of a process, joblib must not send prefer="threads" to another backend (activation.py).
     uses_threads = True
 
-    _process_context: ClassVar[_Context | None] = None
-    _process_context_lock: ClassVar[threading.Lock] = threading.Lock()
-
     def __init__(
         self,
         tier: str | None = None,
@@ -164,7 +133,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         self._given = frozenset(name for name, value in given.items() if value is not None)
         # joblib gives a level when it makes a backend for one Parallel object, or as the default. Such a one lives
         # too briefly to keep anything, and shares what the process keeps.
-        self._context = _Context.of_calls() if nesting_level is None else self._context_of_process()
+        self._context = Context.of_calls() if nesting_level is None else Context.of_process()
         self._bind_to_nothing()
 
     def _bind_to_nothing(self) -> None:
@@ -371,13 +340,6 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         """Return the results of a finished batch; joblib calls it from its callback (``generator_unordered``)."""
         return out.result()
 
-    @classmethod
-    def _context_of_process(cls) -> _Context:
-        with HybridBackend._process_context_lock:
-            if HybridBackend._process_context is None:
-                HybridBackend._process_context = _Context(ResidentScope(default_store(), outlives_calls=False))
-            return HybridBackend._process_context
-
 
 def _more_to_come(parallel_ref: Callable[[], Any], caller_came: bool) -> bool:
     """Return whether the user's generator may still yield tasks.
@@ -417,14 +379,14 @@ def _no_parallel() -> None:
     """Stand for the reference to a ``Parallel`` object of a backend that is bound to none."""
 
 
-def _nested_backend(config: Config, nesting_level: int | None, context: _Context | None = None) -> HybridBackend:
+def _nested_backend(config: Config, nesting_level: int | None, context: Context | None = None) -> HybridBackend:
     """Return a backend for calls inside tasks; called in the parent for each call, and where tasks run."""
     backend: HybridBackend = object.__new__(HybridBackend)
     # Not by __init__, which reads the environment: 100 µs of a warm call.
     ParallelBackendBase.__init__(backend, nesting_level=nesting_level)
     backend.config = config
     backend._given = frozenset()
-    backend._context = context or HybridBackend._context_of_process()
+    backend._context = context or Context.of_process()
     backend._bind_to_nothing()
     if nesting_level:
         backend.default_n_jobs = 1

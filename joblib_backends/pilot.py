@@ -11,17 +11,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from .budget import seconds_to_limit, share_of
 from .config import Config
 from .crew import Crew
 from .experience import BatchSeen
 from .kinds import kind_of
-from .planner import CallPlanner, Facts, Plan, Progress, Readiness, choose_tier
+from .planner import CallPlanner, Progress, Readiness
 from .profile import Profile
+from .rules import Facts, Plan, choose_tier
 from .thread_safety import TrustCheck, innermost, root_package
 from .tiers import load_tier, loaded_tier
 from .worker import Spent
@@ -31,13 +34,14 @@ __all__ = ["Pilot"]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two decisions, once the first few batches were seen one by one.
+#: Seconds between two decisions; of an unknown kind of task, once the first few batches were seen one by one.
 _DECIDE_EVERY_S: Final = 0.02
 _SEEN_ONE_BY_ONE: Final = 4
 
-#: Seconds that a worker start is expected to take before one was measured: 0.3 without scikit-learn, 1.2 with it
+#: Seconds that a worker start is expected to take before one was measured, without scikit-learn and with it
 #: (benchmarks/workers.py).
-_STARTUP_S: Final = 1.0
+_STARTUP_S: Final = 0.3
+_STARTUP_WITH_SKLEARN_S: Final = 1.2
 
 
 class _Missed:
@@ -80,11 +84,14 @@ class Pilot:
         self._decided = 0.0
         self._workers_asked = False
         self._cannot_start = False
+        self._limits_threads = False
         self._glues = True
         self._items: Any = None
         self._task_s = 0.0
         self._busy_s = 0.0
         self.plan = choose_tier(facts)
+        #: Whether tasks of this kind were seen in an earlier call.
+        self.is_known = False
         #: CPU time spent on finding out and deciding; other threads run in between.
         self.planning_s = 0.0
         #: Seconds that the call was predicted to take when something was first known of it.
@@ -128,6 +135,8 @@ class Pilot:
                 known = None if self._profile is None else self._profile.lookup(kind.name)
                 self._kind = kind.name
                 self._planner = CallPlanner(self._facts, known, kind.nbytes)
+                self.is_known = known is not None
+                self._limits_threads = bool(share_of(self._config, 1).limits)
                 if "processes" in self._planner.allowed:
                     self._items = getattr(function, "items", None) or [(function, (), {})]
                 self._decide(Progress(n_pending, n_tasks=self.n_tasks))
@@ -210,7 +219,7 @@ class Pilot:
         if not self.adapts or not self._is_met or not (n_pending or more_to_come):
             return False
         now = time.perf_counter()
-        is_early = self._n_seen <= _SEEN_ONE_BY_ONE
+        is_early = self._n_seen <= _SEEN_ONE_BY_ONE and not self.is_known
         if not is_early and now - self._decided < _DECIDE_EVERY_S:
             return False
         with self._lock:
@@ -237,16 +246,18 @@ class Pilot:
             Crew.shared().run(start)
 
     def _readiness(self) -> Readiness:
+        threads_s = seconds_to_limit() if self._limits_threads else 0.0
         tier = loaded_tier("processes") if "processes" in self._planner.allowed else None
         if tier is None or self._cannot_start:
-            return Readiness(0, _STARTUP_S, _Missed.seconds)
+            return Readiness(0, _expected_startup_seconds(), _Missed.seconds, threads_s)
         try:
             n_ready = tier.n_ready(self._config)
         except Exception as error:
             # An initializer that cannot travel, in a call that may not need workers at all.
             _log.debug("Process workers cannot be used: %s", error)
             self._cannot_start, n_ready = True, 0
-        return Readiness(n_ready, tier.startup_seconds() or _STARTUP_S, _Missed.seconds)
+        startup_s = tier.startup_seconds() or _expected_startup_seconds()
+        return Readiness(n_ready, startup_s, _Missed.seconds, threads_s)
 
     def end(self, *, failed: bool) -> dict[str, str]:
         """Keep what the call taught; return the reason for the last plan's tier with the numbers of the whole call."""
@@ -261,6 +272,10 @@ class Pilot:
             workers = self._readiness()
             _Missed.seconds = 0.0 if workers.n_ready else _Missed.seconds + self._planner.missed()
             return {self.plan.tier: self._planner.explain(workers)}
+
+
+def _expected_startup_seconds() -> float:
+    return _STARTUP_WITH_SKLEARN_S if "sklearn" in sys.modules else _STARTUP_S
 
 
 def _start_workers(config: Config, n_jobs: int, items: Any) -> None:

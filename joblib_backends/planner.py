@@ -1,7 +1,7 @@
 """Which tier the batches of a call run on, and why: facts and observations in, decision and reason out.
 
-No clock, no I/O, no process: every number comes in as an argument. First what is *allowed* (:func:`choose_tier`,
-:func:`allowed_tiers`), then what is *cheapest* (:class:`CallPlanner`).
+No clock, no I/O, no process: every number comes in as an argument. First what is *allowed* (``rules.py``), then what is
+*cheapest*, in here.
 
 The cost of finishing a call on a tier, in seconds::
 
@@ -26,64 +26,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from .experience import BatchSeen, Experience, TierSeen, solo_seconds
+from .rules import Facts, Plan, allowed_tiers, choose_tier
 
-__all__ = ["CallPlanner", "Facts", "Plan", "Progress", "Readiness", "allowed_tiers", "choose_tier"]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a call before it runs.
-
-    Parameters
-    ----------
-    tier : str
-        What the user asked for; "auto" leaves it to the planner.
-    prefer, require : str or None
-        joblib's hints.
-    cluster : str or None
-        Why Dask is to be used, in words ("a client was given"), or None.
-    cluster_was_given : bool
-        Whether the user named the cluster; then it is used even where a loop would do.
-    is_daemonic : bool
-        Whether this process may not start processes.
-    trusted_on_threads : bool
-        Whether the batch may run beside others in a process (``thread_safety.py``).
-    is_nested : bool
-        Whether the call runs inside a task.
-    caller_waits : bool
-        Whether the calling thread waits for all results; one that consumes a generator has other things to do.
-    n_jobs, cores : int
-        Batches that may run at once, and cores of this machine to run them on.
-    """
-
-    tier: str = "auto"
-    prefer: str | None = None
-    require: str | None = None
-    cluster: str | None = None
-    cluster_was_given: bool = True
-    is_daemonic: bool = False
-    trusted_on_threads: bool = False
-    is_nested: bool = False
-    caller_waits: bool = True
-    n_jobs: int = 2
-    cores: int = 2
-
-    @property
-    def wants_cluster(self) -> bool:
-        """Whether calls without a demand for shared memory go to a cluster."""
-        return self.tier == "dask" or (self.tier == "auto" and self.cluster is not None)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The tier of a batch and the reason, as the report shows it."""
-
-    tier: str
-    reason: str
-    #: Whether process workers are to be started in the background, because they are going to pay.
-    start_workers: bool = False
-    #: Seconds that the rest of the call was predicted to take, if anything was known.
-    predicted_s: float | None = None
+__all__ = ["CallPlanner", "Progress", "Readiness"]
 
 
 @dataclass(frozen=True)
@@ -116,11 +61,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether process workers are there, how long a start takes, and what calls before this one lost without them."""
+    """What is there to run tasks on.
+
+    Parameters
+    ----------
+    n_ready : int
+        Process workers that are there.
+    startup_s : float
+        Seconds that their start takes.
+    missed_s : float
+        Seconds that calls before this one lost without them.
+    threads_s : float
+        Seconds that go by before a first batch can run on threads.
+    """
 
     n_ready: int = 0
     startup_s: float = 1.0
     missed_s: float = 0.0
+    threads_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,9 +112,9 @@ _FIRST_GUESS: Final = {"threads": 1.1, "processes": 1.05}
 _PLACED_PER_S: Final = 1.2e9
 _MAPPED_PER_S: Final = 5e9
 
-#: Part of a worker start that work must have lasted, or that workers must be going to save, before they are started.
-#: Others work meanwhile, so a start costs no time, only a core that may have been idle; and who calls once calls again.
-_PATIENCE: Final = 0.05
+#: What a worker start costs those that work meanwhile, as a part of what it takes: the imports of the first worker use
+#: a core, memory and the disk. Measured on 2 cores with scikit-learn: a loop of 0.26 s took 0.12 s longer.
+_START_COSTS: Final = 0.1
 
 #: Seconds that a tier must have been busy before its pace counts: the first few tasks come one by one.
 _HAS_A_PACE_S: Final = 0.01
@@ -174,46 +132,6 @@ _GROWTH_ELSEWHERE: Final = 4
 
 #: Parts into which the rest of a call is cut per job, so that no straggler holds the end up.
 _PARTS_PER_JOB: Final = 4
-
-
-def choose_tier(facts: Facts) -> Plan:
-    """Return the plan for a batch of which nothing is measured: what is demanded, asked for, or safe."""
-    if facts.require == "sharedmem":
-        tier = "inline" if facts.tier == "inline" else "threads"
-        return Plan(tier, "require='sharedmem' needs the parent's memory")
-    if facts.is_daemonic and facts.tier == "processes":
-        return Plan("threads", "this process is a daemon, which may not start the processes that were asked for")
-    if facts.tier != "auto":
-        return Plan(facts.tier, f"tier={facts.tier!r} was asked for")
-    return _choose_automatically(facts)
-
-
-def _choose_automatically(facts: Facts) -> Plan:
-    if facts.cluster is not None:
-        return Plan("dask", facts.cluster)
-    if facts.prefer == "threads":
-        return Plan("threads", "prefer='threads' was asked for")
-    if facts.is_daemonic:
-        return Plan("threads", "this process is a daemon, which may not start processes")
-    if facts.prefer == "processes":
-        return Plan("processes", "prefer='processes' was asked for")
-    if facts.trusted_on_threads:
-        return Plan("threads", "the function and all it works on come from scikit-learn, or are marked thread_safe")
-    return Plan("processes", "the function is not known to be safe on threads")
-
-
-def allowed_tiers(facts: Facts) -> tuple[str, ...]:
-    """Return the tiers among which cost decides; one if the user has decided.
-
-    The calling thread is always allowed where it waits: there a task runs as with ``n_jobs=1``.
-    """
-    chosen = choose_tier(facts).tier
-    if facts.tier != "auto" or not facts.caller_waits or (chosen == "dask" and facts.cluster_was_given):
-        return (chosen,)
-    may_leave = chosen == "threads" and facts.prefer is None and facts.require is None
-    if may_leave and not facts.is_daemonic and not facts.is_nested:
-        return ("inline", "threads", "processes")
-    return ("inline", chosen)
 
 
 class CallPlanner:
@@ -293,13 +211,13 @@ class CallPlanner:
         """Return the plan while nothing is known: what is allowed, safe, and costs nothing to start."""
         if self._facts.cluster is not None:
             return choose_tier(self._facts)
-        if "threads" in self._allowed:
-            return choose_tier(self._facts)
         return Plan("inline", "nothing was known of its tasks, so the calling thread began with them")
 
     def _cheapest(self, solo_s: float, progress: Progress, workers: Readiness) -> Plan:
         n_left = self._n_left(progress)
         costs = {tier: self._seconds_on(tier, solo_s, n_left) for tier in self._allowed}
+        if "threads" in costs and "threads" not in self._seen:
+            costs["threads"] += workers.threads_s
         are_overdue = progress.running_s > _OVERDUE * workers.startup_s
         usable = {tier: cost for tier, cost in costs.items() if tier != "processes" or workers.n_ready or are_overdue}
         if progress.running_s > _LONG * progress.n_running * self._usual_seconds() and len(usable) > 1:
@@ -319,10 +237,21 @@ class CallPlanner:
         saved_s = costs[best] - costs["processes"]
         if saved_s < (1 - _WORTH_A_MOVE) * costs[best]:
             return False
-        patience_s = _PATIENCE * workers.startup_s
-        if progress.elapsed_s > patience_s:
+        start_costs_s = _START_COSTS * workers.startup_s
+        saved = saved_s / costs[best]
+        # Whoever has lost as much as a start costs loses at most twice what was to be lost.
+        if workers.missed_s + saved * progress.elapsed_s > start_costs_s:
             return True
-        return self._knows_how_many(progress) and saved_s + workers.missed_s > patience_s
+        return self._knows_how_many(progress) and saved * (costs[best] - workers.startup_s) > start_costs_s
+
+    def _is_as_known(self, tier: str, solo_s: float) -> bool:
+        """Return whether tasks are thought to take what they took in earlier calls.
+
+        For the calling thread, which nobody relieves of a batch once it runs, only if this call's first ones did.
+        """
+        if self._known is None or tier != "inline":
+            return self._known is not None
+        return self._n_done > 0 and solo_s <= _LONG * self._known.solo_s
 
     def _knows_how_many(self, progress: Progress) -> bool:
         return progress.n_tasks is not None or not progress.more_to_come or self._known is not None
@@ -402,9 +331,7 @@ class CallPlanner:
             return seen.efficiency
         return 1.0 if self._known is None else self._known.efficiency.get("inline", 1.0)
 
-    def _reason(
-        self, best: str, solo_s: float, n_left: int, costs: Mapping[str, float], workers: Readiness
-    ) -> str:
+    def _reason(self, best: str, solo_s: float, n_left: int, costs: Mapping[str, float], workers: Readiness) -> str:
         parts = [f"{n_left} tasks of ~{_readable(solo_s)}"]
         threads = self._seen.get("threads")
         if threads is not None:
@@ -447,17 +374,21 @@ class CallPlanner:
         runs_s = _COSTS.get(tier, _UNKNOWN_COST).batch_runs_s
         size = int(runs_s / solo_s) if solo_s > 0 else 1 << 16
         n_left = self._n_left(progress)
-        if self._known is None or tier == "inline":
+        if not self._is_as_known(tier, solo_s):
             size = min(size, _GROWTH.get(tier, _GROWTH_ELSEWHERE) * self._largest_batch)
         if tier != "inline":
             size = min(size, n_left // (_PARTS_PER_JOB * self._facts.n_jobs))
         elif n_left * solo_s > runs_s:
             # If they are longer than it seems, the other jobs must find something to take.
             size = min(size, n_left // self._facts.n_jobs)
-        elif self._knows_how_many(progress):
-            # Exactly what is left: of a batch that is not full joblib makes ten.
-            size = min(size, n_left - progress.n_pending)
+        if tier == "inline" and self._knows_how_many(progress):
+            size = _equal_parts(n_left - progress.n_pending, size)
         return max(1, size)
+
+
+def _equal_parts(n_tasks: int, size: int) -> int:
+    """Return the size of equal batches of at most ``size``: of one that would not be full joblib makes ten."""
+    return n_tasks // -(-n_tasks // size) if size > 0 and n_tasks > 0 else size
 
 
 def _one_task(wall_s: float, efficiency: float) -> TierSeen:

@@ -36,19 +36,17 @@ import functools
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, Final, Literal
 
-from .budget import available_cores, cores_for_batch
+from .batches import Batch, BatchFuture, BatchQueue, Callback
+from .budget import available_cores, cores_for_batch, cores_per_task
 from .config import Config
 from .crew import Crew
-from .data.codec import Payload
 from .data.scope import ResidentScope
 from .errors import BatchTimeoutError
 from .pilot import Pilot
-from .planner import Plan
 from .randomness import task_randomness
 from .relief import Relief
 from .report import CallReport, Tally
@@ -56,7 +54,7 @@ from .router import Nested, Router
 from .tiers import Tier, Work
 from .worker import Outcome, task_names
 
-__all__ = ["BatchFuture", "Call"]
+__all__ = ["Call"]
 
 #: Seconds after which a waiting consumer of a generator looks for itself. A batch is done when joblib's callback has
 #: counted it, which saves joblib's own 10 ms poll; but the callback advances the user's generator too, and one that
@@ -66,37 +64,7 @@ _LOOK_INTERVAL_S: Final = 0.010
 #: Seconds for which the first batches are held back at most, while the user's generator yields.
 _HOLD_S: Final = 0.002
 
-Callback = Callable[["BatchFuture"], object]
 GetOutcome = Callable[[], Outcome]
-
-
-class BatchFuture(Future[list[Any]]):
-    """What joblib holds for a batch."""
-
-    def __init__(self, callback: Callback | None, size: int) -> None:
-        super().__init__()
-        self.callback = callback
-        self.size = size
-        # The results, while joblib's callback of the batch still runs.
-        self.ready: list[Any] | None = None
-
-
-class _Batch:
-    """A batch until it is done."""
-
-    __slots__ = ("function", "future", "n_together", "nested", "payload", "plan", "started", "tier")
-
-    def __init__(self, future: BatchFuture, function: Callable[[], Any], nested: Nested) -> None:
-        self.future = future
-        self.function = function
-        self.nested = nested
-        # Where it is to run, and why; and what it is for a tier that shares no memory.
-        self.tier: Tier | None = None
-        self.plan: Plan | None = None
-        self.payload: Payload | None = None
-        self.started = 0.0
-        # How many ran when it ended.
-        self.n_together = 1
 
 
 class Call:
@@ -145,13 +113,10 @@ class Call:
         self._tally = Tally(n_jobs)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
-        self._joblib_polls = return_as == "generator_unordered"
         self._lock = threading.Lock()
         self._feeding = threading.Lock()
-        self._waiting: deque[_Batch] = deque()
-        self._in_flight: set[_Batch] = set()
-        self._busy_s = self._busy_since = 0.0
-        self._mixed = False
+        self._joblib_polls = return_as == "generator_unordered"
+        self._queue = BatchQueue(n_jobs, as_completed=self._joblib_polls)
         self._unfinished: set[BatchFuture] = set()
         self._n_pending_tasks = 0
         self._first_submit = 0.0
@@ -159,7 +124,7 @@ class Call:
         self._caller_came = False
         self._caller = threading.get_ident()
         self._failure: BaseException | None = None
-        self._completions: queue.SimpleQueue[tuple[_Batch, GetOutcome] | None] = queue.SimpleQueue()
+        self._completions: queue.SimpleQueue[tuple[Batch, GetOutcome] | None] = queue.SimpleQueue()
         self._crew = Crew.shared()
         warm["crew"] = self._crew
         self._has_completer = self._caller_completes
@@ -169,14 +134,14 @@ class Call:
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "failed" if self._failure else "open"
-        return f"<Call {state}, {len(self._in_flight)}/{self._n_jobs} in flight, {len(self._waiting)} waiting>"
+        return f"<Call {state}, {self._queue}>"
 
     # ---- called in the user's thread, or in the completer by joblib's callback
 
     def submit(self, function: Callable[[], Any], callback: Callback | None, nested: Nested) -> BatchFuture:
         """Start a batch or let it wait for its turn; a batch that cannot travel fails the call, not this method."""
         future = BatchFuture(callback, len(function) if hasattr(function, "__len__") else 1)
-        batch = _Batch(future, function, nested)
+        batch = Batch(future, function, nested)
         with self._lock:
             self._unfinished.add(future)
             self._n_pending_tasks += future.size
@@ -189,15 +154,14 @@ class Call:
             return future
         if self._joblib_polls and batch.tier is not None and batch.tier.runs_in_caller:
             # In this form joblib asks for no result before it is there: the completer is the caller.
-            self._enqueue(batch, functools.partial(self._run_here, batch))
+            self._enqueue(batch, functools.partial(self._run_if_wanted, batch))
         else:
             self._wait_for_turn(batch)
         self._end_if_call_failed(future)
         return future
 
-    def _wait_for_turn(self, batch: _Batch) -> None:
-        with self._lock:
-            self._waiting.append(batch)
+    def _wait_for_turn(self, batch: Batch) -> None:
+        self._queue.put(batch)
         if self._is_held:
             self._release_if_due()
         else:
@@ -208,9 +172,7 @@ class Call:
         """Wake the caller, which waits for results, if another thread left it the batch whose turn it is."""
         if not self._caller_completes or threading.get_ident() == self._caller:
             return
-        with self._lock:
-            tier = self._waiting[0].tier if self._waiting else None
-        if tier is not None and tier.runs_in_caller:
+        if self._may_start(in_caller=True):
             self._completions.put(None)
 
     @property
@@ -222,23 +184,20 @@ class Call:
         """Return how many tasks joblib should put into the next batches."""
         return self._pilot.batch_size(self._n_pending_tasks, more_to_come=self._more_to_come(self._caller_came))
 
-    def _make_ready(self, batch: _Batch) -> None:
+    def _make_ready(self, batch: Batch) -> None:
         """Send a batch where the plan says, encoded if memory is not shared there."""
         plan = self._pilot.plan_for(batch.function)
         tier = self._router.open(plan.tier)
         payload = batch.payload
         if payload is None and not tier.shares_memory:
             payload = self._router.encode(tier, batch.function, batch.nested)
-        with self._lock:
-            # Race: a batch that waited may have started meanwhile, where it was sent before.
-            if not batch.started:
-                batch.tier, batch.plan, batch.payload = tier, plan, payload
+        self._queue.place(batch, tier, plan, payload)
 
     def _release_if_due(self) -> None:
         """Let the batches start if there is one for each job, or the user's generator is slow to yield the next."""
         now = time.perf_counter()
         self._first_submit = self._first_submit or now
-        if len(self._waiting) >= self._n_jobs or now - self._first_submit > _HOLD_S:
+        if len(self._queue) >= self._n_jobs or now - self._first_submit > _HOLD_S:
             self._release()
 
     def _release(self) -> None:
@@ -310,6 +269,8 @@ class Call:
         """Give back what the call used and return its report; idempotent."""
         with self._lock:
             ended, self._ended = self._ended, True
+        # A batch that joblib's callback submits while the call ends must not reach a tier that is closed.
+        self._queue.close()
         failed = self._failure is not None
         if not ended:
             try:
@@ -326,10 +287,13 @@ class Call:
 
     def _run_one_here(self) -> bool:
         """Run the first batch that waits, if the plan leaves it to the caller; return whether there was one."""
-        batch = self._next_to_start(in_caller=True)
+        batch = self._start_next(in_caller=True)
         if batch is not None:
             outcome = self._run_here(batch)
-            self._note_done(batch)
+            self._queue.finish(batch)
+            if outcome.error is not None:
+                # Not when the completer comes to it: until then the next batch would have been started.
+                self._fail(outcome.error, batch.future)
             self._feed()
             if self._caller_completes:
                 self._complete(batch, functools.partial(_same, outcome))
@@ -337,7 +301,10 @@ class Call:
                 self._enqueue(batch, functools.partial(_same, outcome))
         return batch is not None
 
-    def _run_here(self, batch: _Batch) -> Outcome:
+    def _run_if_wanted(self, batch: Batch) -> Outcome:
+        return Outcome(None, self._failure) if self._failure is not None else self._run_here(batch)
+
+    def _run_here(self, batch: Batch) -> Outcome:
         tier = batch.tier
         assert tier is not None
         work = self._work(batch, tier)
@@ -348,7 +315,7 @@ class Call:
         draws_apart = guards and self._pilot.n_tasks is None and self._more_to_come(self._caller_came)
         with (
             task_randomness.separate() if guards else contextlib.nullcontext(),
-            self._relief.standing_by(batch.future.size, may_complete=not draws_apart),
+            self._relief.standing_by(batch.future.size, may_complete=not draws_apart, is_known=self._pilot.is_known),
         ):
             return tier.outcome(tier.submit(work))
 
@@ -360,54 +327,24 @@ class Call:
         One thread feeds at a time. Another that comes meanwhile leaves, because the first looks again after it has
         let go of the lock; and a batch that is done at once comes back here inside ``_start``, and does not recurse.
         """
-        while self._may_feed() and self._feeding.acquire(blocking=False):
+        while self._may_start(in_caller=False) and self._feeding.acquire(blocking=False):
             try:
-                while (batch := self._next_to_start()) is not None:
+                while (batch := self._start_next(in_caller=False)) is not None:
                     self._start(batch)
             finally:
                 self._feeding.release()
 
-    def _may_feed(self) -> bool:
-        with self._lock:
-            return self._has_one_to_start()
+    def _may_start(self, *, in_caller: bool) -> bool:
+        # What is handed over cannot be taken back: nothing is, before there is anything to go by.
+        looks_ahead = not self._pilot.has_seen_nothing
+        return not self._is_held and self._queue.has_next(in_caller=in_caller, looks_ahead=looks_ahead)
 
-    def _next_to_start(self, *, in_caller: bool = False) -> _Batch | None:
-        with self._lock:
-            if not self._has_one_to_start(in_caller=in_caller):
-                return None
-            batch = self._waiting.popleft()
-            batch.started = time.perf_counter()
-            if not self._in_flight:
-                self._busy_since = batch.started
-            self._in_flight.add(batch)
-            return batch
+    def _start_next(self, *, in_caller: bool) -> Batch | None:
+        if self._is_held:
+            return None
+        return self._queue.start_next(in_caller=in_caller, looks_ahead=not self._pilot.has_seen_nothing)
 
-    def _note_done(self, batch: _Batch) -> None:
-        with self._lock:
-            batch.n_together = min(len(self._in_flight), self._n_jobs)
-            self._mixed = self._mixed or any(other.tier is not batch.tier for other in self._in_flight)
-            self._in_flight.discard(batch)
-            if not self._in_flight:
-                self._busy_s += time.perf_counter() - self._busy_since
-
-    def _busy_seconds(self) -> float:
-        """Return for how long anything has been running, in all. Called under the lock."""
-        return self._busy_s + (time.perf_counter() - self._busy_since if self._in_flight else 0.0)
-
-    def _has_one_to_start(self, *, in_caller: bool = False) -> bool:
-        # A batch that joblib's callback submits while the call fails or ends must not reach a tier that is closed.
-        if not self._waiting or self._is_held or self._failure is not None or self._ended:
-            return False
-        tier = self._waiting[0].tier
-        assert tier is not None
-        # What is handed over cannot be taken back.
-        waits_to_see = self._pilot.has_seen_nothing or (self._joblib_polls and tier.binds_early)
-        # A tier keeps its own batches to n_jobs; what is handed over ahead while others run elsewhere would exceed it.
-        is_mixed = any(other.tier is not tier for other in self._in_flight)
-        ahead = 0 if waits_to_see or is_mixed else tier.look_ahead
-        return tier.runs_in_caller == in_caller and len(self._in_flight) < self._n_jobs + ahead
-
-    def _start(self, batch: _Batch) -> None:
+    def _start(self, batch: Batch) -> None:
         tier = batch.tier
         assert tier is not None
         try:
@@ -418,37 +355,33 @@ class Call:
         # It takes the future as its argument: a future in its own callback would be a cycle, which keeps the pool.
         tier_future.add_done_callback(functools.partial(self._tier_is_done, batch, tier))
 
-    def _work(self, batch: _Batch, tier: Tier) -> Work:
+    def _work(self, batch: Batch, tier: Tier) -> Work:
         """Return what the tier gets, with its share of the cores as things are now."""
         name = task_names(batch.function)
         if batch.plan is not None:
             self._tally.add_start(batch.plan.tier, name, batch.plan.reason)
         return Work(batch.function, name, tier.share(self._config, self._cores_for(batch)), batch.payload)
 
-    def _cores_for(self, batch: _Batch) -> int:
+    def _cores_for(self, batch: Batch) -> int:
         more = self._more_to_come(self._caller_came)
-        now, expected = time.perf_counter(), self._pilot.task_s
-        with self._lock:
-            left = [
-                1.0 - (now - other.started) / (expected * other.future.size) if expected else 1.0
-                for other in self._in_flight
-                if other is not batch
-            ]
-            n_waiting = len(self._waiting)
-        return cores_for_batch(self._cores, self._n_jobs, left, n_waiting, more_to_come=more)
+        if more or len(self._queue) >= self._n_jobs:
+            # Every job will have something to run.
+            return cores_per_task(self._cores, self._n_jobs)
+        left = self._queue.parts_left(batch, self._pilot.task_s)
+        return cores_for_batch(self._cores, self._n_jobs, left, len(self._queue), more_to_come=more)
 
-    def _tier_is_done(self, batch: _Batch, tier: Tier, tier_future: Future[Any]) -> None:
+    def _tier_is_done(self, batch: Batch, tier: Tier, tier_future: Future[Any]) -> None:
         """Feed the tier and leave the rest to the completer. Called in whichever thread ended the tier's future.
 
         Until then this callback holds the batch, and with it the files of its residents: the worker opens them when
         it comes to a task, and their owners may be gone by then.
         """
-        self._note_done(batch)
+        self._queue.finish(batch)
         if not tier_future.cancelled() and tier_future.exception() is None:
             self._feed()
         self._enqueue(batch, functools.partial(tier.outcome, tier_future))
 
-    def _enqueue(self, batch: _Batch, get_outcome: GetOutcome) -> None:
+    def _enqueue(self, batch: Batch, get_outcome: GetOutcome) -> None:
         if not self._has_completer:
             self._start_completer()
         self._completions.put((batch, get_outcome))
@@ -465,7 +398,7 @@ class Call:
             if self._failure is not None:
                 return
             self._failure = error
-            self._waiting.clear()
+            self._queue.close()
             unfinished, self._unfinished = self._unfinished, set()
         for future in unfinished:
             if future is not culprit or not self._joblib_polls:
@@ -518,9 +451,7 @@ class Call:
         more = self._more_to_come(self._caller_came)
         if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=self._relief.running):
             return
-        with self._lock:
-            waiting = list(self._waiting)
-        for batch in waiting:
+        for batch in self._queue.waiting:
             if self._failure is not None or self._ended:
                 return
             try:
@@ -530,7 +461,7 @@ class Call:
         self._feed()
         self._tell_caller()
 
-    def _complete(self, batch: _Batch, get_outcome: GetOutcome) -> None:
+    def _complete(self, batch: Batch, get_outcome: GetOutcome) -> None:
         try:
             outcome = get_outcome()
         except BaseException as error:
@@ -539,13 +470,12 @@ class Call:
         with self._lock:
             self._n_pending_tasks -= future.size
             is_wanted = future in self._unfinished
-            busy_s, is_mixed, self._mixed = self._busy_seconds(), self._mixed, False
             if succeeded:
                 self._unfinished.discard(future)
         self._tally.add_end(future.size, outcome.spent.wall, succeeded=succeeded)
         if succeeded and batch.plan is not None:
-            size, together = future.size, batch.n_together
-            self._pilot.observe(batch.plan.tier, size, outcome.spent, busy_s, together, is_mixed=is_mixed)
+            size, busy_s, together = future.size, self._queue.busy_seconds(), batch.n_together
+            self._pilot.observe(batch.plan.tier, size, outcome.spent, busy_s, together, is_mixed=batch.is_mixed)
         if is_wanted and outcome.error is not None:
             self._fail(outcome.error, future)
         elif is_wanted:

@@ -181,8 +181,9 @@ def test_a_forest_fits_and_predicts_on_it(tmp_path):
         print(report.function.rpartition(".")[2], report.tier, report.n_jobs)
     """
     lines = output(cwd=tmp_path, code=code).splitlines()
-    assert [line.split()[1:] for line in lines] == [["threads", "2"]] * 2
-    assert lines[0] != lines[1]
+    # Which tier the planner took is its own affair, once it has seen some trees.
+    assert [line.split()[0] for line in lines] == ["_parallel_build_trees", "_accumulate_prediction"]
+    assert {line.split()[-1] for line in lines} == {"2"}
 
 
 @pytest.mark.parametrize(("n_jobs", "expected"), [(None, "1 1"), ("2", "2 2"), ("3", "3 3")])

@@ -160,9 +160,7 @@ def write_junit(folder, name, *, skips):
     )
     (folder / "test_one.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
     module_skip = "import pytest\npytest.skip('no', allow_module_level=True)\n" if "module" in skips else ""
-    (folder / "test_two.py").write_text(
-        f"{module_skip}import pytest\n@pytest.mark.xfail\ndef test_c(): assert False\n"
-    )
+    (folder / "test_two.py").write_text(f"{module_skip}import pytest\n@pytest.mark.xfail\ndef test_c(): assert False\n")
     path = folder / name
     options = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", folder, "--junitxml", path]
     subprocess.run([sys.executable, "-m", "pytest", *options, folder], check=True, capture_output=True)

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from joblib_backends.experience import BatchSeen, Experience
-from joblib_backends.planner import CallPlanner, Facts, Plan, Progress, Readiness, allowed_tiers, choose_tier
+from joblib_backends.planner import CallPlanner, Progress, Readiness
+from joblib_backends.rules import Facts, Plan, allowed_tiers, choose_tier
 
 CLUSTER = {"cluster": "a Dask client was given"}
 
@@ -161,9 +162,9 @@ def on(tier, wall_s, cpu_s=None, n=1, delay_s=0.0, n_jobs=2, over_s=0.0):
 
 
 def test_unknown_code_begins_where_it_is_safe_and_costs_nothing():
-    assert decided(SKLEARN).tier == "threads"
+    assert decided(SKLEARN).tier == "inline"
     assert decided(UNKNOWN).tier == "inline"
-    assert decided(Facts(prefer="threads")).tier == "threads"
+    assert decided(Facts(prefer="threads")).tier == "inline"
 
 
 def test_an_explicit_tier_is_never_left():
@@ -175,6 +176,19 @@ def test_an_explicit_tier_is_never_left():
 def test_tiny_tasks_stay_with_the_caller(facts):
     assert decided(facts, on("inline", 1e-6), n_tasks=5000).tier == "inline"
     assert decided(facts, on("inline", 1e-6), n_tasks=None).tier == "inline"
+
+
+def test_the_search_for_libraries_before_the_first_batch_on_threads_must_pay_too():
+    seen = on("inline", 0.002)
+    assert decided(SKLEARN, seen, n_tasks=10, workers=Readiness(0)).tier == "threads"
+    assert decided(SKLEARN, seen, n_tasks=10, workers=Readiness(0, threads_s=0.01)).tier == "inline"
+    assert decided(SKLEARN, seen, n_tasks=100, workers=Readiness(0, threads_s=0.01)).tier == "threads"
+
+
+def test_work_that_ends_before_workers_would_be_there_starts_none():
+    known = Experience(0.1, 10, {"inline": 0.1}, {"inline": 1.0})
+    assert not decided(UNKNOWN, known=known, workers=COLD).start_workers
+    assert decided(UNKNOWN, known=known, workers=Readiness(0, startup_s=0.3)).start_workers
 
 
 def test_tiny_tasks_that_began_on_threads_come_back():
@@ -191,7 +205,7 @@ def test_code_that_holds_the_gil_moves_to_processes_when_they_are_there():
     seen = [on("threads", 0.2, 0.104)] * 4
     assert decided(SKLEARN, *seen, n_tasks=40).tier == "processes"
     cold = decided(SKLEARN, *seen, n_tasks=40, workers=COLD)
-    assert (cold.tier, cold.start_workers) == ("threads", True)
+    assert (cold.tier, cold.start_workers) == ("inline", True)
 
 
 def test_sixty_four_threads_on_one_gil_are_seen_too():
@@ -239,13 +253,13 @@ def test_short_calls_add_up_until_workers_are_worth_their_start():
         lost.observe(on("inline", 0.02))
     lost.decide(Progress(n_pending=1), COLD)
     assert 0.05 < lost.missed() < 0.1
-    assert decided(UNKNOWN, known=known, workers=Readiness(0, 2.0, missed_s=2 * lost.missed())).start_workers
+    assert decided(UNKNOWN, known=known, workers=Readiness(0, 2.0, missed_s=3 * lost.missed())).start_workers
 
 
 def test_work_of_unknown_extent_must_have_lasted_before_workers_are_started():
     seen = [on("inline", 0.01)] * 2
     assert not decided(UNKNOWN, *seen, workers=COLD, elapsed_s=0.02).start_workers
-    assert decided(UNKNOWN, *[on("inline", 0.01)] * 30, workers=COLD, elapsed_s=0.3).start_workers
+    assert decided(UNKNOWN, *[on("inline", 0.01)] * 30, workers=COLD, elapsed_s=0.6).start_workers
 
 
 def test_a_task_that_does_not_end_counts_while_it_runs():

@@ -82,7 +82,7 @@ def test_an_empty_call_reports_no_tier():
 
 def test_batches_of_one_call_may_differ_in_tier():
     with parallel_backend("hybrid", n_jobs=2):
-        Parallel(batch_size=1)([delayed(clone)(Ridge()), delayed(square)(2)])
+        list(Parallel(batch_size=1, return_as="generator")([delayed(clone)(Ridge()), delayed(square)(2)]))
     assert last_report().tier == "threads + processes"
     assert "come from scikit-learn" in last_report().reason
     assert "not known to be safe on threads" in last_report().reason

@@ -17,7 +17,7 @@ from joblib_backends.data.scope import ResidentScope
 from joblib_backends.data.store import default_store
 from joblib_backends.errors import TaskPicklingError, WorkerLostError
 from joblib_backends.pilot import Pilot
-from joblib_backends.planner import Facts, Plan
+from joblib_backends.rules import Facts, Plan
 from joblib_backends.scheduler import Call
 from joblib_backends.tiers import Tier, register_tier
 from joblib_backends.tiers.fake import fake_control

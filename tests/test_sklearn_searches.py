@@ -41,6 +41,7 @@ from test_sklearn_estimators import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
+
 @pytest.fixture(params=REAL_TIERS)
 def tier(request):
     """Return each tier that users have: the fake one's thread would race with the caller for the warnings filters."""

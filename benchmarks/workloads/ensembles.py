@@ -43,7 +43,12 @@ WORKLOADS = (
         "forest-one-row", "a forest of 50 trees predicts one row", _predict_one_row, _fitted, 20, small=True, quick=True
     ),
     Workload(
-        "forest-40-predictions", "a forest of 50 trees predicts 25 rows, 40 times", _predict_forty, _fitted,
-        calls=40, small=True, quick=True,
+        "forest-40-predictions",
+        "a forest of 50 trees predicts 25 rows, 40 times",
+        _predict_forty,
+        _fitted,
+        calls=40,
+        small=True,
+        quick=True,
     ),
 )

@@ -57,7 +57,10 @@ def _penalty_path(data: Any, n_jobs: int) -> Any:
 
 WORKLOADS = (
     Workload(
-        "boosting-cv", "cross_val_score of HistGradientBoosting, which uses OpenMP", _boosting, lambda: blobs(3_000),
+        "boosting-cv",
+        "cross_val_score of HistGradientBoosting, which uses OpenMP",
+        _boosting,
+        lambda: blobs(3_000),
         quick=True,
     ),
     Workload(

@@ -74,9 +74,7 @@ def _consumed_one_by_one(state: Any, n_jobs: int) -> list[int]:
 
 
 WORKLOADS = (
-    Workload(
-        "tiny-tasks", "5,000 tasks of a microsecond", _tiny, repeats=10, small=True, quick=True
-    ),
+    Workload("tiny-tasks", "5,000 tasks of a microsecond", _tiny, repeats=10, small=True, quick=True),
     Workload("short-tasks", "600 tasks of a sixth of a millisecond, pure Python", _short, quick=True),
     Workload("few-long", "3 long tasks, NumPy sorts", _few_long),
     Workload("pure-python", "30 tasks, loops in pure Python", _pure_python, quick=True),

@@ -56,11 +56,6 @@ Pickle = tuple[bytes, list[BufferRef]]
 Wire = tuple[list[Pickle], list[Pickle], bytes, Share, bytes]
 
 
-
-
-
-
-
 #: Bytes from which a buffer of a scattered object is placed; smaller ones travel as fast in the pickle.
 _SCATTERED_FROM: Final = 1_024
 
@@ -364,24 +359,6 @@ class _Pickling:
         self.residents.append(resident)
         self._refs.append(resident.ref(offset, raw.nbytes))
         return False
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def pickle_initializer(config: Config) -> bytes:

@@ -177,9 +177,7 @@ class Store:
         """Return whether the memory from ``low`` to ``high`` lies inside memory that was placed."""
         return any(r.address <= low and high <= r.address + r.nbytes for r in list(self._regions.values()))
 
-    def put(
-        self, buffer: memoryview, digest: bytes, *, folder: str | None = None, shared: bool = False
-    ) -> Resident:
+    def put(self, buffer: memoryview, digest: bytes, *, folder: str | None = None, shared: bool = False) -> Resident:
         """Write ``buffer`` to a file of its own and return its resident.
 
         Shared memory comes first, then the system's folder for temporary files; ``folder`` replaces both.

@@ -54,4 +54,3 @@ class InlineTier(Tier):
 
     def close(self) -> None:
         """Do nothing: nothing was taken."""
-

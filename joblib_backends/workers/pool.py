@@ -50,7 +50,6 @@ class WorkerPool(PoolCore):
     _all: ClassVar[weakref.WeakSet[WorkerPool]] = weakref.WeakSet()
     _registry_lock: ClassVar[threading.Lock] = threading.Lock()
 
-
     @classmethod
     def get(cls, initializer_key: bytes, idle_timeout_s: float) -> WorkerPool:
         """Return the pool whose workers run this initializer; b"" for none.

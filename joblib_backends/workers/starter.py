@@ -50,9 +50,7 @@ class Starter:
         """Start a worker; takes 10 ms, or seconds. Not under the lock."""
         preparation = self.preparation
         may_fork = self._n_stillborn["forked"] < _TRIES
-        process = start_worker(
-            preparation, self.packages, lambda: generation == self.generation, may_fork=may_fork
-        )
+        process = start_worker(preparation, self.packages, lambda: generation == self.generation, may_fork=may_fork)
         return Member(process, preparation)
 
     def is_ready(self, member: Member) -> float | None:

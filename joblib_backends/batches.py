@@ -1,0 +1,172 @@
+"""The batches of one call: what joblib holds of each, which of them wait, and which run.
+
+Pure bookkeeping: nothing here runs a task, and no wait is longer than for the lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from .data.codec import Payload
+from .router import Nested
+from .rules import Plan
+from .tiers import Tier
+
+__all__ = ["Batch", "BatchFuture", "BatchQueue", "Callback"]
+
+Callback = Callable[["BatchFuture"], object]
+
+
+class BatchFuture(Future[list[Any]]):
+    """What joblib holds for a batch."""
+
+    def __init__(self, callback: Callback | None, size: int) -> None:
+        super().__init__()
+        self.callback = callback
+        self.size = size
+        # The results, while joblib's callback of the batch still runs.
+        self.ready: list[Any] | None = None
+
+
+class Batch:
+    """A batch until it is done."""
+
+    __slots__ = ("function", "future", "is_mixed", "n_together", "nested", "payload", "plan", "started", "tier")
+
+    def __init__(self, future: BatchFuture, function: Callable[[], Any], nested: Nested) -> None:
+        self.future = future
+        self.function = function
+        self.nested = nested
+        # Where it is to run, and why; and what it is for a tier that shares no memory.
+        self.tier: Tier | None = None
+        self.plan: Plan | None = None
+        self.payload: Payload | None = None
+        self.started = 0.0
+        # How many ran when it ended, and whether some of them were on another tier.
+        self.n_together = 1
+        self.is_mixed = False
+
+
+class BatchQueue:
+    """Batches that wait for their turn, and those that run.
+
+    Parameters
+    ----------
+    n_jobs : int
+        Batches that may run at once.
+    as_completed : bool, default=False
+        Whether results are wanted in the order of their end: then no batch is made to wait for one worker.
+
+    Notes
+    -----
+    Thread-safe; the lock guards everything in here.
+    """
+
+    def __init__(self, n_jobs: int, *, as_completed: bool = False) -> None:
+        self._n_jobs = n_jobs
+        self._as_completed = as_completed
+        self._lock = threading.Lock()
+        self._waiting: deque[Batch] = deque()
+        self._running: set[Batch] = set()
+        self._n_running_on: Counter[Tier | None] = Counter()
+        self._busy_s = self._busy_since = self._last_mixed = 0.0
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<BatchQueue {self}>"
+
+    def __str__(self) -> str:
+        return f"{len(self._running)}/{self._n_jobs} in flight, {len(self._waiting)} waiting"
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting(self) -> list[Batch]:
+        """The batches that wait for their turn, the next one first."""
+        with self._lock:
+            return list(self._waiting)
+
+    def put(self, batch: Batch) -> None:
+        """Let a batch wait for its turn."""
+        with self._lock:
+            if not self._is_closed:
+                self._waiting.append(batch)
+
+    def close(self) -> None:
+        """Start nothing any more, whatever still comes."""
+        with self._lock:
+            self._is_closed = True
+            self._waiting.clear()
+
+    def place(self, batch: Batch, tier: Tier, plan: Plan, payload: Payload | None) -> None:
+        """Note where a batch is to run."""
+        with self._lock:
+            # Race: a batch that waited may have started meanwhile, where it was sent before.
+            if not batch.started:
+                batch.tier, batch.plan, batch.payload = tier, plan, payload
+
+    def has_next(self, *, in_caller: bool, looks_ahead: bool) -> bool:
+        """Return whether the first batch that waits may start now, in the calling thread or on another tier."""
+        with self._lock:
+            return self._has_next(in_caller, looks_ahead)
+
+    def start_next(self, *, in_caller: bool, looks_ahead: bool) -> Batch | None:
+        """Take out the first batch that waits, if it may start now."""
+        with self._lock:
+            if not self._has_next(in_caller, looks_ahead):
+                return None
+            batch = self._waiting.popleft()
+            batch.started = time.perf_counter()
+            if not self._running:
+                self._busy_since = batch.started
+            self._running.add(batch)
+            self._n_running_on[batch.tier] += 1
+            return batch
+
+    def _has_next(self, in_caller: bool, looks_ahead: bool) -> bool:
+        if not self._waiting:
+            return False
+        tier = self._waiting[0].tier
+        assert tier is not None
+        if tier.runs_in_caller != in_caller:
+            return False
+        if not looks_ahead or (self._as_completed and tier.binds_early) or self._runs_elsewhere(tier):
+            return len(self._running) < self._n_jobs
+        return len(self._running) < self._n_jobs + tier.look_ahead
+
+    def _runs_elsewhere(self, tier: Tier | None) -> bool:
+        # A tier keeps its own batches to n_jobs; what is handed over ahead while others run elsewhere would exceed it.
+        return self._n_running_on[tier] != len(self._running)
+
+    def finish(self, batch: Batch) -> None:
+        """Note that a batch is done."""
+        with self._lock:
+            batch.n_together = min(len(self._running), self._n_jobs)
+            if self._runs_elsewhere(batch.tier):
+                self._last_mixed = time.perf_counter()
+            batch.is_mixed = batch.started <= self._last_mixed
+            self._running.discard(batch)
+            self._n_running_on[batch.tier] -= 1
+            if not self._running:
+                self._busy_s += time.perf_counter() - self._busy_since
+
+    def busy_seconds(self) -> float:
+        """Return for how long anything has been running, in all."""
+        with self._lock:
+            return self._busy_s + (time.perf_counter() - self._busy_since if self._running else 0.0)
+
+    def parts_left(self, batch: Batch, task_s: float) -> list[float]:
+        """Return of each batch that runs beside ``batch`` the part of its time that it still has to run.
+
+        ``task_s`` is what a task is expected to take, 0 if that is not known.
+        """
+        now = time.perf_counter()
+        with self._lock:
+            others = [other for other in self._running if other is not batch]
+            return [1.0 - (now - one.started) / (task_s * one.future.size) if task_s else 1.0 for one in others]
