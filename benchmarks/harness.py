@@ -175,6 +175,8 @@ def _environment(suite: Suite, cache: str) -> dict[str, str]:
         environment |= dict.fromkeys(THREAD_VARIABLES, "1")
     environment["XDG_CACHE_HOME"] = cache
     environment["PYTHONWARNINGS"] = "ignore"
+    # Installed packages are compiled once, by pip.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     # Workers of every kind must be able to import the tasks.
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (HERE, HERE.parent)))
     return environment

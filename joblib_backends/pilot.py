@@ -86,6 +86,7 @@ class Pilot:
         self._cannot_start = False
         self._limits_threads = False
         self._glues = True
+        self._sizes_batches = False
         self._items: Any = None
         self._task_s = 0.0
         self._busy_s = 0.0
@@ -176,6 +177,7 @@ class Pilot:
         """Return how many tasks to put into the next batches."""
         if not self._glues:
             return 1
+        self._sizes_batches = True
         started = time.thread_time()
         with self._lock:
             size = self._planner.batch_size(Progress(n_pending, more_to_come, self.n_tasks))
@@ -202,8 +204,10 @@ class Pilot:
         ``busy_s`` is how long the call has been running anything so far, ``n_together`` how many batches it ran then,
         ``is_mixed`` whether some of them since the last one were on another tier.
         """
-        started = time.thread_time()
         self._task_s = spent.wall / max(1, n_tasks)
+        if not self.adapts and not self._sizes_batches:
+            return
+        started = time.thread_time()
         with self._lock:
             self._n_seen += 1
             newly_busy_s, self._busy_s = max(0.0, busy_s - self._busy_s), max(busy_s, self._busy_s)

@@ -41,7 +41,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, Final, Literal
 
 from .batches import Batch, BatchFuture, BatchQueue, Callback
-from .budget import available_cores, cores_for_batch, cores_per_task
+from .budget import Share, available_cores, cores_for_batch, cores_per_task
 from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
@@ -108,6 +108,7 @@ class Call:
         self._n_jobs = n_jobs
         # Of the task that makes this call, if it is a nested one: other threads do not know it.
         self._cores = available_cores(config)
+        self._shares: dict[tuple[str, int], Share] = {}
         self._pilot = pilot
         self._more_to_come = more_to_come
         self._tally = Tally(n_jobs)
@@ -360,7 +361,14 @@ class Call:
         name = task_names(batch.function)
         if batch.plan is not None:
             self._tally.add_start(batch.plan.tier, name, batch.plan.reason)
-        return Work(batch.function, name, tier.share(self._config, self._cores_for(batch)), batch.payload)
+        return Work(batch.function, name, self._share_of(tier, self._cores_for(batch)), batch.payload)
+
+    def _share_of(self, tier: Tier, cores: int) -> Share:
+        # Kept: to look into the environment for each batch takes 8 µs.
+        share = self._shares.get((tier.name, cores))
+        if share is None:
+            share = self._shares[tier.name, cores] = tier.share(self._config, cores)
+        return share
 
     def _cores_for(self, batch: Batch) -> int:
         more = self._more_to_come(self._caller_came)

@@ -34,6 +34,9 @@ _RANDOM_GENERATORS: Final = frozenset({"RandomState", "Generator", "BitGenerator
 _USE_LIBLINEAR: Final = frozenset({"LinearSVC", "LinearSVR"})
 _LIBLINEAR: Final = "liblinear"
 
+#: Types whose values are nothing but themselves.
+_NUMBERS: Final = frozenset({int, float, bool, complex, bytes, type(None)})
+
 #: Objects looked at per task before giving up; a deeper structure is sent to processes instead.
 _MAX_OBJECTS: Final = 20_000
 
@@ -118,7 +121,7 @@ class _Walk:
         pending: list[Any] = list(task)
         while pending:
             value = pending.pop()
-            if id(value) in self.seen or id(value) in self._known:
+            if type(value) in _NUMBERS or id(value) in self.seen or id(value) in self._known:
                 continue
             if len(self.seen) >= _MAX_OBJECTS or not _trusts_alone(value):
                 return False
@@ -136,13 +139,17 @@ def _trusts_alone(value: Any) -> bool:
         return not any(_is_probability(name) and value[name] is not False for name in value)
     if isinstance(value, FunctionType | BuiltinFunctionType | type | ModuleType):
         return root_package(value) in _TRUSTED_CODE | _TRUSTED_DATA
-    kind = type(value)
+    root = _root_of_type(type(value))  # type: ignore[arg-type]
+    return not _draws_from_process_generator(value) if root in _TRUSTED_CODE else root in _TRUSTED_DATA
+
+
+@functools.lru_cache(maxsize=512)
+def _root_of_type(kind: type) -> str:
+    """Return the package of a type, "" for random generators: looked up for each object of each task."""
     # Also by their bases: what users hold is a PCG64, not a BitGenerator.
     if any(base.__name__ in _RANDOM_GENERATORS and root_package(base) == "numpy" for base in kind.__mro__):
-        return False
-    if root_package(kind) in _TRUSTED_CODE:
-        return not _draws_from_process_generator(value)
-    return root_package(kind) in _TRUSTED_DATA
+        return ""
+    return root_package(kind)
 
 
 def _draws_from_process_generator(estimator: Any) -> bool:
@@ -169,7 +176,7 @@ def _parts(value: Any) -> Iterable[Any]:
         return (value.__self__, value.__func__)
     if isinstance(value, functools.partial):
         return (value.func, value.args, value.keywords)
-    if root_package(type(value)) in _TRUSTED_CODE and not isinstance(value, type):
+    if not isinstance(value, type) and _root_of_type(type(value)) in _TRUSTED_CODE:  # type: ignore[arg-type]
         return getattr(value, "__dict__", {}).values()
     return ()
 

@@ -6,6 +6,7 @@ its turn, nothing runs in another thread, and work too small to distribute costs
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from concurrent.futures import Future
 
@@ -41,7 +42,7 @@ class InlineTier(Tier):
         """Run a batch now and return its finished future."""
         initializer, self._initializer = self._initializer, None
         future: Future[Outcome] = Future()
-        with limited(work.share.limits):
+        with limited(work.share.limits) if work.share.limits else contextlib.nullcontext():
             future.set_result(run_here(work.function, Share(work.share.cores, {}), initializer))
         return future
 
