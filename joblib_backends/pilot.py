@@ -85,14 +85,13 @@ class Pilot:
         self._workers_asked = False
         self._cannot_start = False
         self._limits_threads = False
+        self._is_known = False
         self._glues = True
         self._sizes_batches = False
         self._items: Any = None
         self._task_s = 0.0
         self._busy_s = 0.0
         self.plan = choose_tier(facts)
-        #: Whether tasks of this kind were seen in an earlier call.
-        self.is_known = False
         #: CPU time spent on finding out and deciding; other threads run in between.
         self.planning_s = 0.0
         #: Seconds that the call was predicted to take when something was first known of it.
@@ -136,7 +135,8 @@ class Pilot:
                 known = None if self._profile is None else self._profile.lookup(kind.name)
                 self._kind = kind.name
                 self._planner = CallPlanner(self._facts, known, kind.nbytes)
-                self.is_known = known is not None
+                self._is_known = known is not None
+                self._task_s = 0.0 if known is None else known.solo_s
                 self._limits_threads = bool(share_of(self._config, 1).limits)
                 if "processes" in self._planner.allowed:
                     self._items = getattr(function, "items", None) or [(function, (), {})]
@@ -186,7 +186,7 @@ class Pilot:
 
     @property
     def task_s(self) -> float:
-        """Seconds of a task, by the last batch; 0 if none was seen."""
+        """Seconds of a task, by the last batch, else by earlier calls; 0 if nothing is known."""
         return self._task_s
 
     # ---- after a batch, or while one takes long
@@ -223,7 +223,7 @@ class Pilot:
         if not self.adapts or not self._is_met or not (n_pending or more_to_come):
             return False
         now = time.perf_counter()
-        is_early = self._n_seen <= _SEEN_ONE_BY_ONE and not self.is_known
+        is_early = self._n_seen <= _SEEN_ONE_BY_ONE and not self._is_known
         if not is_early and now - self._decided < _DECIDE_EVERY_S:
             return False
         with self._lock:

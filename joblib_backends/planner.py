@@ -112,8 +112,8 @@ _FIRST_GUESS: Final = {"threads": 1.1, "processes": 1.05}
 _PLACED_PER_S: Final = 1.2e9
 _MAPPED_PER_S: Final = 5e9
 
-#: What a worker start costs those that work meanwhile, as a part of what it takes: the imports of the first worker use
-#: a core, memory and the disk. Measured on 2 cores with scikit-learn: a loop of 0.26 s took 0.12 s longer.
+#: What a worker start on an idle core costs those that work meanwhile, as a part of what it takes: the first worker's
+#: imports use memory and the disk. Measured on 2 cores with scikit-learn: a loop of 0.26 s took 0.12 s longer.
 _START_COSTS: Final = 0.1
 
 #: Seconds that a tier must have been busy before its pace counts: the first few tasks come one by one.
@@ -125,6 +125,9 @@ _LONG: Final = 2.0
 #: Worker starts that a long task of the calling thread may outlast before the others are sent to workers that are not
 #: there: by then something is wrong, and only a worker that fails to start can say what.
 _OVERDUE: Final = 10
+
+#: Seconds around the one task of a batch that count as its own: the first of tiny tasks seem longer than they are.
+_ROUND_A_TASK_S: Final = 5e-6
 
 #: How much larger a batch may be than the largest before it: task times are not known to be even.
 _GROWTH: Final = {"inline": 8}
@@ -237,12 +240,21 @@ class CallPlanner:
         saved_s = costs[best] - costs["processes"]
         if saved_s < (1 - _WORTH_A_MOVE) * costs[best]:
             return False
-        start_costs_s = _START_COSTS * workers.startup_s
+        start_costs_s = self._start_costs(best) * workers.startup_s
         saved = saved_s / costs[best]
         # Whoever has lost as much as a start costs loses at most twice what was to be lost.
         if workers.missed_s + saved * progress.elapsed_s > start_costs_s:
             return True
         return self._knows_how_many(progress) and saved * (costs[best] - workers.startup_s) > start_costs_s
+
+    def _start_costs(self, tier: str) -> float:
+        """Return the part of a worker start by which the work on ``tier`` is held up."""
+        cores = self._facts.cores
+        seen = self._seen.get(tier)
+        efficiency = min(1.0, seen.efficiency) if seen is not None else 1.0
+        idle = cores - efficiency * (1 if tier == "inline" else min(cores, self._facts.n_jobs))
+        # Without an idle core it takes its CPU time from the work, which all cores share.
+        return max(_START_COSTS, min(1.0, 1.0 - idle) / cores)
 
     def _is_as_known(self, tier: str, solo_s: float) -> bool:
         """Return whether tasks are thought to take what they took in earlier calls.
@@ -251,7 +263,7 @@ class CallPlanner:
         """
         if self._known is None or tier != "inline":
             return self._known is not None
-        return self._n_done > 0 and solo_s <= _LONG * self._known.solo_s
+        return self._n_done > 0 and solo_s <= _LONG * self._known.solo_s + _ROUND_A_TASK_S
 
     def _knows_how_many(self, progress: Progress) -> bool:
         return progress.n_tasks is not None or not progress.more_to_come or self._known is not None
@@ -283,14 +295,12 @@ class CallPlanner:
     def _seconds_on(self, tier: str, solo_s: float, n_left: int) -> float:
         """Return the predicted seconds of what is left on ``tier``."""
         cost = _COSTS.get(tier, _UNKNOWN_COST)
-        size = min(max(1, n_left), max(1, int(cost.batch_runs_s / solo_s) if solo_s > 0 else n_left))
-        n_batches = -(-n_left // size)
+        n_batches = -(-n_left // self._best_size(tier, solo_s, n_left))
         if tier == "inline":
             return cost.batch_s * n_batches + n_left * solo_s
         pace_s = self._measured_pace(tier, solo_s)
         if pace_s is not None:
             return max(n_left * pace_s, solo_s if n_left else 0.0)
-        n_batches = max(n_batches, min(self._facts.n_jobs, n_left))
         handing_over = (0.0 if tier in self._seen else cost.call_s) + cost.batch_s * n_batches
         task_s, slots = self._task_seconds_on(tier, solo_s)
         work = n_left * max(task_s / max(1.0, min(slots, n_left)), cost.task_s)
@@ -370,19 +380,23 @@ class CallPlanner:
         solo_s = self._solo_seconds(progress)
         if solo_s is None:
             return 1
-        tier = self.plan.tier
-        runs_s = _COSTS.get(tier, _UNKNOWN_COST).batch_runs_s
-        size = int(runs_s / solo_s) if solo_s > 0 else 1 << 16
-        n_left = self._n_left(progress)
+        tier, n_left = self.plan.tier, self._n_left(progress)
+        size = self._best_size(tier, solo_s, n_left)
         if not self._is_as_known(tier, solo_s):
             size = min(size, _GROWTH.get(tier, _GROWTH_ELSEWHERE) * self._largest_batch)
+        if tier == "inline" and self._knows_how_many(progress):
+            size = _equal_parts(n_left - progress.n_pending, size)
+        return max(1, size)
+
+    def _best_size(self, tier: str, solo_s: float, n_left: int) -> int:
+        """Return the size of batches on ``tier`` where ``n_left`` tasks are left, and known to be alike."""
+        runs_s = _COSTS.get(tier, _UNKNOWN_COST).batch_runs_s
+        size = int(runs_s / solo_s) if solo_s > 0 else 1 << 16
         if tier != "inline":
             size = min(size, n_left // (_PARTS_PER_JOB * self._facts.n_jobs))
         elif n_left * solo_s > runs_s:
             # If they are longer than it seems, the other jobs must find something to take.
             size = min(size, n_left // self._facts.n_jobs)
-        if tier == "inline" and self._knows_how_many(progress):
-            size = _equal_parts(n_left - progress.n_pending, size)
         return max(1, size)
 
 

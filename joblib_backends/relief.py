@@ -27,8 +27,12 @@ from .crew import Crew
 
 __all__ = ["Relief"]
 
-#: Seconds after which a batch in the calling thread takes long: moving the rest elsewhere costs less than this.
+#: Seconds after which a batch in the calling thread takes long, of which nothing was expected: moving the rest
+#: elsewhere costs less than this.
 _PATIENCE_S: Final = 0.002
+
+#: Times its expected length after which a batch takes long.
+_LONG: Final = 2.0
 
 #: Seconds between two looks at a caller whose tasks nobody has seen, and at one whose tasks are known.
 _LOOK_INTERVAL_S: Final = 0.005
@@ -60,6 +64,7 @@ class Relief:
         self._has_help = False
         self._busy_since: float | None = None
         self._n_tasks = 1
+        self._patience_s = _PATIENCE_S
         self._may_complete = False
         #: Seconds between two looks at this caller.
         self.look_interval_s = _LOOK_INTERVAL_S
@@ -77,16 +82,17 @@ class Relief:
         """The seconds for which the caller has been in a batch that takes long, and its tasks; else zeros."""
         since = self._busy_since
         seconds = 0.0 if since is None else time.perf_counter() - since
-        return (seconds, self._n_tasks) if seconds > _PATIENCE_S else (0.0, 0)
+        return (seconds, self._n_tasks) if seconds > self._patience_s else (0.0, 0)
 
     @contextmanager
-    def standing_by(self, n_tasks: int, *, may_complete: bool, is_known: bool) -> Iterator[None]:
-        """Note that the caller runs a batch of ``n_tasks``, ``is_known`` how long they are, inside the block."""
+    def standing_by(self, n_tasks: int, expected_s: float, *, may_complete: bool) -> Iterator[None]:
+        """Note that the caller runs a batch of ``n_tasks`` inside the block, for ``expected_s``, 0 if unknown."""
         self._n_tasks, self._may_complete = n_tasks, may_complete
+        self._patience_s = max(_PATIENCE_S, _LONG * expected_s)
         self._busy_since = time.perf_counter()
         if not self._is_watched:
             self._is_watched = True
-            self.look_interval_s = _SELDOM_S if is_known else _LOOK_INTERVAL_S
+            self.look_interval_s = _SELDOM_S if expected_s else _LOOK_INTERVAL_S
             _Lookout.get().watch(self, self._crew)
         try:
             yield

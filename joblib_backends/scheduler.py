@@ -314,9 +314,10 @@ class Call:
         guards = self._pilot.guards_caller
         # The user's generator must not draw from the tasks' random numbers: no completer beside such a task.
         draws_apart = guards and self._pilot.n_tasks is None and self._more_to_come(self._caller_came)
+        size = batch.future.size
         with (
             task_randomness.separate() if guards else contextlib.nullcontext(),
-            self._relief.standing_by(batch.future.size, may_complete=not draws_apart, is_known=self._pilot.is_known),
+            self._relief.standing_by(size, size * self._pilot.task_s, may_complete=not draws_apart),
         ):
             return tier.outcome(tier.submit(work))
 

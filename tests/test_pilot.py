@@ -211,13 +211,13 @@ def test_a_call_goes_on_where_no_thread_can_be_started(monkeypatch):
             raise RuntimeError("can't start new thread")
 
     relief = Relief(NoThreads(), lambda may_complete: None)
-    with relief.standing_by(1, may_complete=True, is_known=False):
+    with relief.standing_by(1, 0.0, may_complete=True):
         pass
     relief.end()
     # And the next one that can be looked after is.
     helped = threading.Event()
     relief = Relief(Crew.shared(), lambda may_complete: helped.set())
-    with relief.standing_by(1, may_complete=True, is_known=False):
+    with relief.standing_by(1, 0.0, may_complete=True):
         assert helped.wait(LONG)
     relief.end()
 

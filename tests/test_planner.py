@@ -185,6 +185,14 @@ def test_the_search_for_libraries_before_the_first_batch_on_threads_must_pay_too
     assert decided(SKLEARN, seen, n_tasks=100, workers=Readiness(0, threads_s=0.01)).tier == "threads"
 
 
+def test_a_worker_start_that_has_no_idle_core_must_pay_more():
+    seen = [on("threads", 0.02, 0.0148)] * 20
+    lost = {"workers": COLD, "elapsed_s": 2.0, "n_pending": 20}
+    two, many = (Facts(trusted_on_threads=True, cores=cores) for cores in (2, 3))
+    assert not decided(two, *seen, **lost).start_workers
+    assert decided(many, *seen, **lost).start_workers
+
+
 def test_work_that_ends_before_workers_would_be_there_starts_none():
     known = Experience(0.1, 10, {"inline": 0.1}, {"inline": 1.0})
     assert not decided(UNKNOWN, known=known, workers=COLD).start_workers
