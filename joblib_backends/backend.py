@@ -44,6 +44,9 @@ _IGNORED_KEYWORDS: Final = ("context", "verbose")
 #: joblib's own, which a tier may replace; what a user writes is left alone.
 _DEFAULT_PRE_DISPATCH: Final = inspect.signature(joblib_parallel.Parallel).parameters["pre_dispatch"].default
 
+#: What ``iter`` makes of containers.
+_PLAIN_ITERATORS: Final[tuple[type, ...]] = (type(iter([])), type(iter(())), type(None))
+
 #: Nesting level from which an explicit n_jobs gets no more than its share of cores: there joblib's own backends run
 #: everything sequentially, against thread bombs.
 _CAPPED_LEVEL: Final = 2
@@ -269,7 +272,8 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         config, parallel = self._call_config, self.parallel
         facts = dataclasses.replace(
             self._facts,
-            caller_waits=parallel.return_as == "list",
+            # A task that the caller runs itself cannot time out.
+            caller_waits=parallel.return_as == "list" and parallel.timeout is None,
             n_jobs=self._workers,
             cores=available_cores(config),
         )
@@ -283,6 +287,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             self._context.warm,
             return_as=parallel.return_as,
             more_to_come=functools.partial(_more_to_come, self._parallel_ref),
+            is_lazy=functools.partial(_is_lazy, self._parallel_ref),
         )
 
     def _widen_pre_dispatch(self) -> None:
@@ -350,6 +355,11 @@ def _more_to_come(parallel_ref: Callable[[], Any], caller_came: bool) -> bool:
     if parallel is None or parallel._original_iterator is None:
         return parallel is not None and not caller_came
     return not caller_came or bool(parallel.n_dispatched_tasks >= parallel._pre_dispatch_amount)
+
+
+def _is_lazy(parallel_ref: Callable[[], Any]) -> bool:
+    """Return whether to take a task from the input runs code of the user; to take one from a list does not."""
+    return not isinstance(getattr(parallel_ref(), "_original_iterator", None), _PLAIN_ITERATORS)
 
 
 def _call_back(parallel: Any, callback: Callback, future: BatchFuture) -> None:

@@ -87,6 +87,11 @@ class BatchQueue:
         return len(self._waiting)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nothing is started any more."""
+        return self._is_closed
+
+    @property
     def waiting(self) -> list[Batch]:
         """The batches that wait for their turn, the next one first."""
         with self._lock:

@@ -299,3 +299,12 @@ def limited(limits: Mapping[str, int]) -> Iterator[None]:
         finally:
             if limiter is not None:
                 limiter.restore_original_limits()
+
+
+def _forget_in_child() -> None:
+    # Another thread of the parent may have held them: a search takes 10 ms.
+    _Libraries._lock, process_wide_limit._lock = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

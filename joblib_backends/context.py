@@ -42,9 +42,13 @@ class Context:
 
     def leave_to_parent(self) -> None:
         """Start anew in a forked child: files, locks and workers are the parent's."""
-        if self.pid != os.getpid():
+        if self.pid == os.getpid():
+            return
+        with self._lock:
+            if self.pid == os.getpid():
+                return
             _inherited.append((self.scope, self.warm))
-            self.scope = ResidentScope(default_store(), outlives_calls=True)
+            self.scope = ResidentScope(default_store(), outlives_calls=self.scope.outlives_calls)
             self.warm, self.pid = {}, os.getpid()
 
 

@@ -8,6 +8,7 @@ Thread-safe. The lock is held while the planner thinks, some 10 µs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -20,7 +21,7 @@ from typing import Any, Final
 from .budget import seconds_to_limit, share_of
 from .config import Config
 from .crew import Crew
-from .experience import BatchSeen
+from .experience import BatchSeen, Experience
 from .kinds import kind_of
 from .planner import CallPlanner, Progress, Readiness
 from .profile import Profile
@@ -84,9 +85,11 @@ class Pilot:
         self._decided = 0.0
         self._workers_asked = False
         self._cannot_start = False
+        self._count_ready: Callable[[], int] | None = None
         self._limits_threads = False
-        self._is_known = False
+        self._known: Experience | None = None
         self._glues = True
+        self._uses_threads = False
         self._sizes_batches = False
         self._items: Any = None
         self._task_s = 0.0
@@ -114,7 +117,9 @@ class Pilot:
     @property
     def guards_caller(self) -> bool:
         """Whether tasks in the calling thread must be kept from its random generators, and it from their neighbours."""
-        return self.adapts and not self._facts.trusted_on_threads and self._facts.require is None
+        facts = self._facts
+        # On threads, where they were asked for, tasks draw from the global generators too.
+        return self.adapts and not (facts.trusted_on_threads or facts.require or facts.prefer == "threads")
 
     # ---- before a batch
 
@@ -135,8 +140,7 @@ class Pilot:
                 known = None if self._profile is None else self._profile.lookup(kind.name)
                 self._kind = kind.name
                 self._planner = CallPlanner(self._facts, known, kind.nbytes)
-                self._is_known = known is not None
-                self._task_s = 0.0 if known is None else known.solo_s
+                self._known = known
                 self._limits_threads = bool(share_of(self._config, 1).limits)
                 if "processes" in self._planner.allowed:
                     self._items = getattr(function, "items", None) or [(function, (), {})]
@@ -150,14 +154,19 @@ class Pilot:
         return facts.tier == "auto" and not (facts.prefer or facts.require or facts.cluster or facts.is_daemonic)
 
     def plan_for(self, function: Callable[[], Any]) -> Plan:
-        """Return the plan for one batch: that of the call, unless this batch must not run on threads."""
+        """Return the plan for one batch: that of the call, unless this batch must not run beside others here."""
         plan = self.plan
-        if plan.tier != "threads" or not self._trust_matters():
+        self._uses_threads = self._uses_threads or plan.tier == "threads"
+        # Where some of the call run on threads, the calling thread is beside them.
+        if not self._uses_threads or plan.tier not in ("inline", "threads") or not self._trust_matters():
             return plan
         started = time.thread_time()
         is_trusted = self._trusts(function)
         self.planning_s += time.thread_time() - started
-        return plan if is_trusted else choose_tier(dataclasses.replace(self._facts, trusted_on_threads=False))
+        return plan if is_trusted else choose_tier(self._distrusting())
+
+    def _distrusting(self) -> Facts:
+        return dataclasses.replace(self._facts, trusted_on_threads=False)
 
     def _trusts(self, function: Callable[[], Any]) -> bool:
         return self._trust.allows(getattr(function, "items", None) or [(function, (), {})])
@@ -186,8 +195,13 @@ class Pilot:
 
     @property
     def task_s(self) -> float:
-        """Seconds of a task, by the last batch, else by earlier calls; 0 if nothing is known."""
+        """Seconds of a task, by the last batch; 0 if none was seen."""
         return self._task_s
+
+    @property
+    def expected_task_s(self) -> float:
+        """Seconds of a task, by the last batch, else by earlier calls; 0 if nothing is known."""
+        return self._task_s or (0.0 if self._known is None else self._known.solo_s)
 
     # ---- after a batch, or while one takes long
 
@@ -215,22 +229,39 @@ class Pilot:
             self._planner.observe(BatchSeen(tier, n_tasks, *times, n_together))
             self.planning_s += time.thread_time() - started
 
-    def replan(self, n_pending: int, *, more_to_come: bool, running: tuple[float, int] = (0.0, 0)) -> bool:
+    def replan(
+        self,
+        n_pending: int,
+        *,
+        more_to_come: bool,
+        running: tuple[float, int] = (0.0, 0),
+        in_caller: Callable[[], Any] | None = None,
+    ) -> bool:
         """Decide again if there is something to decide and enough was seen; return whether the tier changed.
 
-        ``running`` has the seconds for which the caller has been running a batch, and its tasks.
+        ``running`` has the seconds for which the caller has been running a batch, and its tasks; ``in_caller`` is that
+        batch: if it is not to be trusted beside others in this process, none will be on threads.
         """
         if not self.adapts or not self._is_met or not (n_pending or more_to_come):
             return False
         now = time.perf_counter()
-        is_early = self._n_seen <= _SEEN_ONE_BY_ONE and not self._is_known
+        is_early = self._n_seen <= _SEEN_ONE_BY_ONE and self._known is None
         if not is_early and now - self._decided < _DECIDE_EVERY_S:
             return False
         with self._lock:
             before, started = self.plan.tier, time.thread_time()
-            self._decide(Progress(n_pending, more_to_come, self.n_tasks, now - self._started, *running))
+            progress = Progress(n_pending, more_to_come, self.n_tasks, now - self._started, *running)
+            self._decide(progress)
+            if self.plan.tier == "threads" and in_caller is not None and self._is_alone(in_caller):
+                self._facts = self._distrusting()
+                self._planner.restrict(self._facts)
+                self._decide(progress)
             self.planning_s += time.thread_time() - started
             return self.plan.tier != before
+
+    def _is_alone(self, function: Callable[[], Any]) -> bool:
+        """Return whether no other batch of the call may run in this process beside ``function``."""
+        return not self._uses_threads and self._trust_matters() and not self._trusts(function)
 
     def _decide(self, progress: Progress) -> None:
         self._decided = time.perf_counter()
@@ -247,7 +278,8 @@ class Pilot:
             items, self._items = self._items, None
             # Aside, because what starts them may have to be imported first, 20 ms.
             start = functools.partial(_start_workers, self._config, self._facts.n_jobs, items)
-            Crew.shared().run(start)
+            with contextlib.suppress(RuntimeError):  # no thread can be started now: the call goes on without them
+                Crew.shared().run(start)
 
     def _readiness(self) -> Readiness:
         threads_s = seconds_to_limit() if self._limits_threads else 0.0
@@ -255,7 +287,10 @@ class Pilot:
         if tier is None or self._cannot_start:
             return Readiness(0, _expected_startup_seconds(), _Missed.seconds, threads_s)
         try:
-            n_ready = tier.n_ready(self._config)
+            if self._count_ready is None:
+                # Kept: to find the workers of an initializer, its arguments are pickled.
+                self._count_ready = tier.ready_counter(self._config)
+            n_ready = self._count_ready()
         except Exception as error:
             # An initializer that cannot travel, in a call that may not need workers at all.
             _log.debug("Process workers cannot be used: %s", error)

@@ -12,8 +12,8 @@ The cost of finishing a call on a tier, in seconds::
 
 Where a tier was used, in this call or an earlier one of the same kind, all of this was measured at once, as the pace at
 which tasks got done; only for a tier that was never tried it is derived from the time of a task that runs alone.
-Workers that are not there yet cost no time while others work, so they are started as soon as they are going to save a
-part of what their start takes, and used when they are there.
+Workers that are not there yet are started when what calls lost without them, or are going to lose, is more than what
+their start costs those that work meanwhile; they are used when they are there.
 
 How much is left is known if the call has a length or the kind of task was seen before. If not, as much again as was
 done: whoever waits at most as long as it has worked pays at most twice.
@@ -177,6 +177,12 @@ class CallPlanner:
         """Whether there is nothing to decide."""
         return len(self._allowed) == 1
 
+    def restrict(self, facts: Facts) -> None:
+        """Go on with other facts, which allow less."""
+        self._facts, self._allowed = facts, allowed_tiers(facts)
+        if self.plan.tier not in self._allowed:
+            self.plan = self._begin()
+
     def observe(self, batch: BatchSeen) -> None:
         """Take in what a finished batch showed."""
         self._seen.setdefault(batch.tier, TierSeen()).add(batch)
@@ -238,7 +244,7 @@ class CallPlanner:
     def _pays(self, costs: Mapping[str, float], best: str, progress: Progress, workers: Readiness) -> bool:
         """Return whether workers that are not there yet are going to be worth their start."""
         saved_s = costs[best] - costs["processes"]
-        if saved_s < (1 - _WORTH_A_MOVE) * costs[best]:
+        if saved_s <= (1 - _WORTH_A_MOVE) * costs[best]:
             return False
         start_costs_s = self._start_costs(best) * workers.startup_s
         saved = saved_s / costs[best]

@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -25,7 +25,12 @@ _MT19937_NBYTES: Final = 624 * 4 + 4
 
 
 class _Stream(ABC):
-    """One global generator, in which the parent's state and the tasks' state take turns."""
+    """One global generator, in which the parent's state and the tasks' state take turns.
+
+    Ctrl-C may come between any two steps: the parent's state is then in place, or kept until the next ``leave``.
+    """
+
+    is_in_place = False
 
     @abstractmethod
     def enter(self) -> None:
@@ -44,15 +49,14 @@ class _PythonStream(_Stream):
         self._tasks: Any = random.Random().getstate()
 
     def enter(self) -> None:
-        parent = random.getstate()
-        self._parent = parent
+        self._parent = random.getstate()
+        self.is_in_place = True
         random.setstate(self._tasks)
 
     def leave(self) -> None:
-        if self._parent is not None:
-            self._tasks = random.getstate()
-            random.setstate(self._parent)
-            self._parent = None
+        self._tasks = random.getstate()
+        random.setstate(self._parent)
+        self.is_in_place = False
 
 
 class _NumpyStream(_Stream):
@@ -76,82 +80,100 @@ class _NumpyStream(_Stream):
         self._have_drawn = False
         self._is_fast = False
 
-    def _address(self) -> int | None:
-        """Return where the raw state is, or None if the user replaced the generator by one of another kind."""
+    def _generator(self) -> Any:
+        """Return the bit generator, or None if the user replaced it by one of another kind."""
         generator = self._random.mtrand._rand._bit_generator
-        return int(generator.ctypes.state_address) if type(generator).__name__ == "MT19937" else None
+        return generator if type(generator).__name__ == "MT19937" else None
 
     def enter(self) -> None:
-        address = self._address()
-        raw = b"" if address is None else ctypes.string_at(address, _MT19937_NBYTES)
+        generator = self._generator()
+        raw = b"" if generator is None else _copy_of(generator)
         # One raw state may be that before or after a normal number was taken that waited: only without one it is known.
         if self._parent is None or not raw or raw != self._parent_raw or not self._is_fast:
             self._parent, self._parent_raw = self._random.get_state(legacy=False), raw
         self._is_fast = bool(raw) and not self._parent["has_gauss"] and not self._have_drawn
-        if address is None:
+        self.is_in_place = True
+        if generator is None:
             return
         if self._is_fast:
-            ctypes.memmove(address, self._untouched_raw, _MT19937_NBYTES)
+            _overwrite(generator, self._untouched_raw)
         else:
             self._random.set_state(self._tasks)
 
     def leave(self) -> None:
-        address = self._address()
-        if self._is_fast and address is not None:
-            if ctypes.string_at(address, _MT19937_NBYTES) == self._untouched_raw:
-                ctypes.memmove(address, self._parent_raw, _MT19937_NBYTES)
+        generator = self._generator()
+        if self._is_fast and generator is not None:
+            if _copy_of(generator) == self._untouched_raw:
+                _overwrite(generator, self._parent_raw)
+                self.is_in_place = False
                 return
             self._have_drawn = True
-        if address is not None:
+        if generator is not None:
             self._tasks = self._random.get_state(legacy=False)
         if self._parent["bit_generator"] == type(self._random.mtrand._rand._bit_generator).__name__:
             self._random.set_state(self._parent)
+        self.is_in_place = False
+
+
+def _copy_of(generator: Any) -> bytes:
+    """Return the raw state, whole: another thread may be drawing without the GIL."""
+    with generator.lock:
+        return ctypes.string_at(generator.ctypes.state_address, _MT19937_NBYTES)
+
+
+def _overwrite(generator: Any, raw: bytes) -> None:
+    with generator.lock:
+        ctypes.memmove(generator.ctypes.state_address, raw, _MT19937_NBYTES)
 
 
 class TaskRandomness:
     """The global random generators as tasks in calling threads see them.
 
-    Thread-safe. The generators belong to the process: the tasks' streams are in place while any thread is inside, and
-    the parent's come back with the last. The lock is held while states are copied.
+    Thread-safe. The generators belong to the process: the tasks' streams are in place while any thread is inside and
+    none has gone outside again. The lock is held while states are copied.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside: set[object] = set()
+        self._outside: set[object] = set()
         self._streams: list[_Stream] = [_PythonStream()]
         self._knows_numpy = False
 
     @contextmanager
     def separate(self) -> Iterator[None]:
         """Let what runs inside the block draw from the tasks' streams, and leave the parent's as they are."""
-        token = self.enter()
+        token = object()
         try:
+            self._change(self._inside.add, token)
             yield
         finally:
-            self.leave(token)
+            self._change(self._inside.discard, token)
 
-    def enter(self) -> object:
-        """Put the tasks' streams in place until the object that is returned is given to :meth:`leave`."""
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Let what runs inside the block draw from the parent's streams, though a task runs in another thread.
+
+        For the user's generator of tasks. What the task draws meanwhile, it draws from there too.
+        """
         token = object()
+        try:
+            self._change(self._outside.add, token)
+            yield
+        finally:
+            self._change(self._outside.discard, token)
+
+    def _change(self, change: Callable[[object], object], token: object) -> None:
+        """Note who is where, and put the streams in place that belong there now."""
         with self._lock:
-            self._inside.add(token)
-            if len(self._inside) > 1:
-                return token
-            if not self._knows_numpy and "numpy.random" in sys.modules:
+            change(token)
+            are_tasks = bool(self._inside) and not self._outside
+            if are_tasks and not self._knows_numpy and "numpy.random" in sys.modules:
                 self._streams.append(_NumpyStream())
                 self._knows_numpy = True
             for stream in self._streams:
-                stream.enter()
-        return token
-
-    def leave(self, token: object) -> None:
-        """Put the parent's streams back, if nobody else is inside."""
-        with self._lock:
-            was_inside = token in self._inside
-            self._inside.discard(token)
-            if was_inside and not self._inside:
-                for stream in self._streams:
-                    stream.leave()
+                if stream.is_in_place != are_tasks:
+                    (stream.enter if are_tasks else stream.leave)()
 
 
 #: The generators belong to the process, and so does this.

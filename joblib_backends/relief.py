@@ -41,8 +41,11 @@ _SELDOM_S: Final = 0.05
 #: Seconds for which the lookout stays without anybody to look after.
 _STAYS_S: Final = 0.5
 
-#: Seconds between two looks of who helps out while nothing may be completed.
+#: Seconds between two looks of who helps out while nothing may be completed; each wait is longer than the one before.
 _HELP_INTERVAL_S: Final = 0.002
+
+#: Seconds after which batches are completed in any case: others may be waiting for what is dispatched then.
+_MUST_COMPLETE_S: Final = 1.0
 
 
 class Relief:
@@ -88,7 +91,8 @@ class Relief:
     def standing_by(self, n_tasks: int, expected_s: float, *, may_complete: bool) -> Iterator[None]:
         """Note that the caller runs a batch of ``n_tasks`` inside the block, for ``expected_s``, 0 if unknown."""
         self._n_tasks, self._may_complete = n_tasks, may_complete
-        self._patience_s = max(_PATIENCE_S, _LONG * expected_s)
+        # However long it is: workers may come meanwhile, and nobody else would see that they did.
+        self._patience_s = max(_PATIENCE_S, min(_LONG * expected_s, _SELDOM_S))
         self._busy_since = time.perf_counter()
         if not self._is_watched:
             self._is_watched = True
@@ -110,6 +114,8 @@ class Relief:
         """Have somebody help out if the caller takes long. Called by the lookout."""
         if self.running[1] and not self._has_help:
             self._has_help = True
+            # From now on somebody else looks at what it does.
+            self.look_interval_s = _SELDOM_S
             try:
                 self._crew.run(self._help)
             except BaseException:
@@ -118,12 +124,15 @@ class Relief:
 
     def _help(self) -> None:
         """Help out until the caller is back. The body of the crew's thread."""
+        interval_s = _HELP_INTERVAL_S
         try:
-            while (help_out := self._help_out) is not None and self.running[1]:
-                help_out(self._may_complete)
-                if not self._may_complete:
-                    time.sleep(_HELP_INTERVAL_S)
+            while (help_out := self._help_out) is not None and (running_s := self.running[0]):
+                may_complete = self._may_complete or running_s > _MUST_COMPLETE_S
+                help_out(may_complete)
                 del help_out
+                if not may_complete:
+                    time.sleep(interval_s)
+                    interval_s = min(2 * interval_s, _SELDOM_S)
         finally:
             self._has_help = False
 
@@ -149,20 +158,21 @@ class _Lookout:
         self._wake = threading.Event()
 
     def watch(self, relief: Relief, crew: Crew) -> None:
-        with self._lock:
-            self._watched.add(relief)
-            starts, self._is_there = not self._is_there, True
-            wakes = relief.look_interval_s < self._sleeps_s
-        if wakes:
-            self._wake.set()
-        if starts:
-            try:
+        starts = False
+        try:
+            with self._lock:
+                self._watched.add(relief)
+                starts, self._is_there = not self._is_there, True
+                wakes = relief.look_interval_s < self._sleeps_s
+            if starts:
                 crew.run(self._look_out)
-            except BaseException as error:
-                self._is_there = False
-                # Without a thread the call goes on alone; the next one tries again.
-                if not isinstance(error, RuntimeError):
-                    raise
+            elif wakes:
+                self._wake.set()
+        except BaseException as error:
+            self._is_there = self._is_there and not starts
+            # Without a thread the call goes on alone; the next one tries again.
+            if not isinstance(error, RuntimeError):
+                raise
 
     def leave(self, relief: Relief) -> None:
         with self._lock:

@@ -136,16 +136,14 @@ class Tally:
 
 
 class _Last:
-    """The report of the last finished call of this process."""
+    """The report of the last finished call of this process. Set and read as one reference: no lock is needed."""
 
-    lock = threading.Lock()
     report: CallReport | None = None
 
 
 def record(report: CallReport) -> None:
     """Make ``report`` the last one."""
-    with _Last.lock:
-        _Last.report = report
+    _Last.report = report
 
 
 def last_report() -> CallReport | None:
@@ -153,8 +151,7 @@ def last_report() -> CallReport | None:
 
     Calls with one job run in joblib's sequential loop, which tells no backend of its end; they leave no report.
     """
-    with _Last.lock:
-        return _Last.report
+    return _Last.report
 
 
 def readable_nbytes(nbytes: int) -> str:

@@ -86,6 +86,8 @@ class Call:
         How joblib returns results. In the last form it takes them, and failures, in its callback.
     more_to_come : callable, optional
         Called with whether the caller has come for results; returns whether the user's generator may still yield.
+    is_lazy : callable, optional
+        Returns whether to take a task from the input runs code of the user, which may draw random numbers.
 
     Notes
     -----
@@ -103,6 +105,7 @@ class Call:
         *,
         return_as: Literal["list", "generator", "generator_unordered"] = "list",
         more_to_come: Callable[[bool], bool] = lambda came: not came,
+        is_lazy: Callable[[], bool] = lambda: True,
     ) -> None:
         self._config = config
         self._n_jobs = n_jobs
@@ -111,6 +114,7 @@ class Call:
         self._shares: dict[tuple[str, int], Share] = {}
         self._pilot = pilot
         self._more_to_come = more_to_come
+        self._is_lazy = is_lazy
         self._tally = Tally(n_jobs)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
@@ -121,6 +125,9 @@ class Call:
         self._unfinished: set[BatchFuture] = set()
         self._n_pending_tasks = 0
         self._first_submit = 0.0
+        # The batch that the caller runs, and whether the user's generator is to be kept from its random numbers.
+        self._in_caller: Batch | None = None
+        self._draws_apart = False
         self._is_held = self._caller_completes
         self._caller_came = False
         self._caller = threading.get_ident()
@@ -268,17 +275,17 @@ class Call:
 
     def end(self) -> CallReport:
         """Give back what the call used and return its report; idempotent."""
-        with self._lock:
-            ended, self._ended = self._ended, True
         # A batch that joblib's callback submits while the call ends must not reach a tier that is closed.
         self._queue.close()
         failed = self._failure is not None
-        if not ended:
+        if not self._ended:
             try:
                 self._relief.end()
                 self._completions.put(None)
             finally:
                 self._router.close()
+            # Only now: Ctrl-C before leaves all of it, which may be done twice, to the next ``end``.
+            self._ended = True
             self._tally.explain(self._pilot.end(failed=failed))
         return self._tally.report(
             failed=failed, predicted_seconds=self._pilot.predicted_s, planning_seconds=self._pilot.planning_s
@@ -312,14 +319,17 @@ class Call:
         if not self._pilot.adapts:
             return tier.outcome(tier.submit(work))
         guards = self._pilot.guards_caller
-        # The user's generator must not draw from the tasks' random numbers: no completer beside such a task.
-        draws_apart = guards and self._pilot.n_tasks is None and self._more_to_come(self._caller_came)
+        # The user's generator must not draw from the tasks' random numbers: no completer beside such a task at first.
+        draws_apart = guards and self._is_lazy() and self._more_to_come(self._caller_came)
         size = batch.future.size
+        self._in_caller, self._draws_apart = batch, draws_apart
         with (
             task_randomness.separate() if guards else contextlib.nullcontext(),
-            self._relief.standing_by(size, size * self._pilot.task_s, may_complete=not draws_apart),
+            self._relief.standing_by(size, size * self._pilot.expected_task_s, may_complete=not draws_apart),
         ):
-            return tier.outcome(tier.submit(work))
+            outcome = tier.outcome(tier.submit(work))
+        self._in_caller, self._draws_apart = None, False
+        return outcome
 
     # ---- called in any thread, a tier's own included
 
@@ -398,8 +408,14 @@ class Call:
     def _start_completer(self) -> None:
         with self._lock:
             starts, self._has_completer = not self._has_completer, True
-        if starts:
+        if not starts:
+            return
+        try:
             self._crew.run(self._complete_all)
+        except BaseException as error:
+            # Nobody would complete anything: whoever waits is told why.
+            self._has_completer = False
+            self._fail(error, None)
 
     def _fail(self, error: BaseException, culprit: BatchFuture | None) -> None:
         """End every unfinished future with ``error``, the first failure of the call; later ones change nothing."""
@@ -448,20 +464,24 @@ class Call:
             item = self._completions.get(timeout=_LOOK_INTERVAL_S)
         except queue.Empty:
             return
-        if item is not None:
-            self._complete(*item)
-        if not self._relief.is_on_duty:
-            # Race: the caller is back, and waits for what this thread just took: its result, or the end of a batch
-            # that kept it from running the next. A caller that is still in its batch looks at all that afterwards.
-            self._completions.put(None)
+        try:
+            if item is not None:
+                self._complete(*item)
+        finally:
+            if not self._relief.is_on_duty:
+                # Race: the caller is back, and waits for what this thread just took: its result, or the end of a batch
+                # that kept it from running the next. A caller that is still in its batch looks at all that afterwards.
+                self._completions.put(None)
 
     def _replan(self) -> None:
         """Let the pilot decide again, and send the batches that wait where it now says."""
-        more = self._more_to_come(self._caller_came)
-        if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=self._relief.running):
+        more, batch = self._more_to_come(self._caller_came), self._in_caller
+        in_caller = None if batch is None else batch.function
+        running = self._relief.running
+        if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=running, in_caller=in_caller):
             return
         for batch in self._queue.waiting:
-            if self._failure is not None or self._ended:
+            if self._queue.is_closed:
                 return
             try:
                 self._make_ready(batch)
@@ -508,7 +528,9 @@ class Call:
         callback, future.callback = future.callback, None
         try:
             if callback is not None:
-                callback(future)
+                # In a helper, while the caller's task goes on.
+                with task_randomness.outside() if self._draws_apart else contextlib.nullcontext():
+                    callback(future)
         except BaseException as error:
             self._fail(error, None)
             if not isinstance(error, Exception) and threading.get_ident() == self._caller:

@@ -34,8 +34,8 @@ _RANDOM_GENERATORS: Final = frozenset({"RandomState", "Generator", "BitGenerator
 _USE_LIBLINEAR: Final = frozenset({"LinearSVC", "LinearSVR"})
 _LIBLINEAR: Final = "liblinear"
 
-#: Types whose values are nothing but themselves.
-_NUMBERS: Final = frozenset({int, float, bool, complex, bytes, type(None)})
+#: Types whose values are nothing but themselves. By identity: not every class can be hashed.
+_NUMBERS: Final = frozenset(map(id, (int, float, bool, complex, bytes, type(None))))
 
 #: Objects looked at per task before giving up; a deeper structure is sent to processes instead.
 _MAX_OBJECTS: Final = 20_000
@@ -121,7 +121,7 @@ class _Walk:
         pending: list[Any] = list(task)
         while pending:
             value = pending.pop()
-            if type(value) in _NUMBERS or id(value) in self.seen or id(value) in self._known:
+            if id(type(value)) in _NUMBERS or id(value) in self.seen or id(value) in self._known:
                 continue
             if len(self.seen) >= _MAX_OBJECTS or not _trusts_alone(value):
                 return False
@@ -139,17 +139,27 @@ def _trusts_alone(value: Any) -> bool:
         return not any(_is_probability(name) and value[name] is not False for name in value)
     if isinstance(value, FunctionType | BuiltinFunctionType | type | ModuleType):
         return root_package(value) in _TRUSTED_CODE | _TRUSTED_DATA
-    root = _root_of_type(type(value))  # type: ignore[arg-type]
+    root = _root_of_type(type(value))
     return not _draws_from_process_generator(value) if root in _TRUSTED_CODE else root in _TRUSTED_DATA
 
 
-@functools.lru_cache(maxsize=512)
+#: Packages of trusted types, looked up for each object of each task; types of others would live as long as this.
+_known_roots: Final[dict[type, str]] = {}
+
+
 def _root_of_type(kind: type) -> str:
-    """Return the package of a type, "" for random generators: looked up for each object of each task."""
+    """Return the package of a type, "" for random generators."""
+    try:
+        return _known_roots[kind]
+    except (KeyError, TypeError):  # not every class can be hashed
+        pass
     # Also by their bases: what users hold is a PCG64, not a BitGenerator.
     if any(base.__name__ in _RANDOM_GENERATORS and root_package(base) == "numpy" for base in kind.__mro__):
         return ""
-    return root_package(kind)
+    root = root_package(kind)
+    if root in _TRUSTED_CODE:
+        _known_roots[kind] = root
+    return root
 
 
 def _draws_from_process_generator(estimator: Any) -> bool:
@@ -176,7 +186,7 @@ def _parts(value: Any) -> Iterable[Any]:
         return (value.__self__, value.__func__)
     if isinstance(value, functools.partial):
         return (value.func, value.args, value.keywords)
-    if not isinstance(value, type) and _root_of_type(type(value)) in _TRUSTED_CODE:  # type: ignore[arg-type]
+    if not isinstance(value, type) and _root_of_type(type(value)) in _TRUSTED_CODE:
         return getattr(value, "__dict__", {}).values()
     return ()
 

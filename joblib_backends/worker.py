@@ -57,6 +57,10 @@ PackedOutcome = tuple[bool, bytes, tuple[float, float, float]]
 _TOO_SHORT_S: Final = 1e-3
 
 
+#: Times a batch's length since the thread was last asked: what came before the batch must not be charged to it.
+_RECENT: Final = 1.2
+
+
 class Stopwatch:
     """Measures what the calling thread spends."""
 
@@ -70,7 +74,7 @@ class Stopwatch:
         """Return what was spent since this object was made, in the same thread."""
         wall = time.perf_counter() - self._wall_before
         cpu = self._cpu_clock() - self._cpu_before
-        return Spent(wall, cpu, self._schedstat.new_delay() if wall > _TOO_SHORT_S else 0.0)
+        return Spent(wall, cpu, self._schedstat.new_delay(wall) if wall > _TOO_SHORT_S else 0.0)
 
 
 class _Schedstat:
@@ -81,7 +85,7 @@ class _Schedstat:
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):
             self._descriptor = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-        self._last = self._read()
+        self._last, self._read_at = self._read(), time.perf_counter()
 
     def __del__(self) -> None:
         # A child may have closed it, and have another file by that number now.
@@ -96,10 +100,15 @@ class _Schedstat:
             schedstat = _of_thread.schedstat = cls()
         return schedstat
 
-    def new_delay(self) -> float:
-        """Return the seconds, since it was last asked, that the thread was ready to run and did not."""
-        before, self._last = self._last, self._read()
-        return max(0.0, self._last - before)
+    def new_delay(self, wall: float) -> float:
+        """Return the seconds, of the last ``wall``, that the thread was ready to run and did not.
+
+        0 if it was last asked long before those: then what it was kept waiting for belongs to others.
+        """
+        now = time.perf_counter()
+        is_recent = now - self._read_at < _RECENT * wall
+        before, self._last, self._read_at = self._last, self._read(), now
+        return max(0.0, self._last - before) if is_recent else 0.0
 
     def _read(self) -> float:
         if self._descriptor is None:
@@ -114,12 +123,16 @@ _of_thread = threading.local()
 
 
 def run_here(function: Callable[[], Any], share: Share, initializer: Callable[[], object] | None) -> Outcome:
-    """Run a batch in this thread, which shares the parent's memory."""
+    """Run a batch in this thread, which shares the parent's memory.
+
+    A thread that is not ours gets no limits here: it may be in a batch of an outer call, and have those of that.
+    """
     watch = Stopwatch()
     try:
         if initializer is not None:
             initializer()
-        keep_thread_limits(share.limits)
+        if share.limits:
+            keep_thread_limits(share.limits)
         with using(share.cores):
             return Outcome(function(), None, watch.spent())
     except BaseException as error:

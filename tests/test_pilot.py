@@ -1,7 +1,7 @@
 """A call that changes its mind: begun in one place, moved while it runs, and right all the same."""
 
 import os
-import random
+import queue
 import threading
 import time
 from pathlib import Path
@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 from conftest import LONG, eventually
 from joblib import Parallel, delayed, parallel_backend
+from sklearn.base import BaseEstimator
+from sklearn.pipeline import _transform_one
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info
 
 from joblib_backends import last_report
+from joblib_backends.config import Config
 from joblib_backends.crew import Crew
 from joblib_backends.experience import Experience
 from joblib_backends.kinds import kind_of
+from joblib_backends.pilot import Pilot
 from joblib_backends.profile import Profile
-from joblib_backends.randomness import task_randomness
 from joblib_backends.relief import Relief
+from joblib_backends.rules import Facts
 from joblib_backends.tiers import load_tier
 
 
@@ -121,7 +126,7 @@ def test_tiny_tasks_run_in_the_calling_thread():
 def test_work_that_pays_moves_to_workers():
     with parallel_backend("hybrid", n_jobs=2) as (backend, _):
         load_tier("processes").start_workers(backend.config, 2, frozenset())
-        assert eventually(lambda: load_tier("processes").n_ready(backend.config), seconds=LONG)
+        assert eventually(lambda: load_tier("processes").ready_counter(backend.config)(), seconds=LONG)
         assert Parallel()(delayed(busy)(0.02) for _ in range(40)) == [0.02] * 40
         report = last_report()
     assert report.tier in ("inline + processes", "processes")
@@ -132,7 +137,7 @@ def test_what_was_learned_is_used_from_the_first_batch():
     known_as(square, 1, solo_s=1.0, n_tasks=100, task_s={"inline": 1.0}, efficiency={"inline": 1.0})
     with parallel_backend("hybrid", n_jobs=2) as (backend, _):
         load_tier("processes").start_workers(backend.config, 2, frozenset())
-        assert eventually(lambda: load_tier("processes").n_ready(backend.config), seconds=LONG)
+        assert eventually(lambda: load_tier("processes").ready_counter(backend.config)(), seconds=LONG)
         assert Parallel()(delayed(square)(i) for i in range(2)) == [0, 1]
     assert last_report().tier == "processes"
     assert last_report().predicted_seconds > 0
@@ -190,7 +195,7 @@ def test_a_call_that_moves_keeps_to_its_jobs(tmp_path):
     """Begun in the calling thread and gone on in processes: never more than two at once."""
     with parallel_backend("hybrid", n_jobs=2) as (backend, _):
         load_tier("processes").start_workers(backend.config, 2, frozenset())
-        assert eventually(lambda: load_tier("processes").n_ready(backend.config), seconds=LONG)
+        assert eventually(lambda: load_tier("processes").ready_counter(backend.config)(), seconds=LONG)
         most = Parallel()(delayed(count_running)(str(tmp_path), i) for i in range(24))
     assert "processes" in last_report().tier
     assert max(most) <= 2
@@ -274,84 +279,6 @@ def test_no_more_than_n_jobs_run_with_the_caller_among_them():
     assert max(most) <= 3
 
 
-# ---- global random generators
-
-
-def draw(_):
-    np.random.seed(3)
-    random.seed(3)
-    return np.random.randn(3).tolist(), random.random()
-
-
-@pytest.mark.parametrize("n_tasks", [7, 300])
-def test_tasks_that_seed_leave_the_generator_of_tasks_its_stream(n_tasks):
-    """What the user's generator draws must not depend on which tasks the calling thread ran."""
-    np.random.seed(0)
-    random.seed(0)
-    expected = [(np.random.randn(), random.random()) for _ in range(n_tasks)]
-    after = np.random.rand(), random.random()
-    np.random.seed(0)
-    random.seed(0)
-    drawn = []
-
-    def tasks():
-        for _ in range(n_tasks):
-            drawn.append((np.random.randn(), random.random()))
-            yield delayed(draw)(0)
-
-    with parallel_backend("hybrid", n_jobs=2):
-        results = Parallel()(tasks())
-    assert drawn == expected
-    assert (np.random.rand(), random.random()) == after
-    assert results == [results[0]] * n_tasks
-
-
-def test_tasks_that_do_not_seed_draw_different_numbers():
-    with parallel_backend("hybrid", n_jobs=2):
-        drawn = Parallel(batch_size=1)(delayed(np.random.rand)() for _ in range(50))
-        drawn += Parallel(batch_size=1)(delayed(np.random.rand)() for _ in range(50))
-    assert len(set(drawn)) == 100
-
-
-def test_the_streams_are_apart_even_where_the_user_changed_the_generator():
-    before = np.random.get_bit_generator()
-    try:
-        np.random.set_bit_generator(np.random.PCG64(1))
-        expected = np.random.RandomState(np.random.PCG64(1)).rand(2)
-        first = np.random.rand()
-        with task_randomness.separate():
-            np.random.rand(5)
-        assert [first, np.random.rand()] == list(expected)
-    finally:
-        np.random.set_bit_generator(before)
-
-
-def test_a_normal_number_that_waits_stays_with_its_owner():
-    np.random.seed(0)
-    expected = np.random.RandomState(0).randn(4)
-    drawn = []
-    for _ in range(4):
-        drawn.append(np.random.randn())
-        with task_randomness.separate():
-            np.random.randn()
-    assert drawn == list(expected)
-
-
-def test_the_calls_of_several_threads_leave_the_parents_stream_alone():
-    def call():
-        with parallel_backend("hybrid", n_jobs=2):
-            for _ in range(20):
-                Parallel()(delayed(draw)(0) for _ in range(10))
-
-    np.random.seed(0)
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LONG)
-    assert np.random.rand() == np.random.RandomState(0).rand()
-
-
 # ---- the budget
 
 
@@ -378,3 +305,129 @@ def test_nothing_is_learned_inside_tasks():
     with parallel_backend("hybrid", n_jobs=2, tier="threads"):
         assert Parallel()(delayed(outer)(i) for i in range(2)) == [[0, 1, 4]] * 2
     assert "0 kinds" in repr(Profile.shared())
+
+
+# ---- what must not depend on who runs a task
+
+
+def test_a_task_that_runs_out_of_time_is_not_run_by_the_caller(tmp_path):
+    with parallel_backend("hybrid", n_jobs=2):
+        known_as(
+            wait_for_go, str(tmp_path), solo_s=1e-6, n_tasks=2, task_s={"inline": 1e-6}, efficiency={"inline": 1.0}
+        )
+        for option in ({}, {"prefer": "threads"}):
+            with pytest.raises(TimeoutError, match="timeout=0"):
+                Parallel(timeout=0.2, **option)(delayed(wait_for_go)(str(tmp_path)) for _ in range(2))
+        Path(tmp_path, "go").touch()
+
+
+def wait_for_go(folder):
+    return eventually(lambda: Path(folder, "go").exists(), seconds=LONG)
+
+
+def test_a_task_on_threads_may_wait_for_tasks_that_are_not_dispatched_yet():
+    """The first waits for all others, of which joblib has taken only a few from the generator when it starts."""
+    inbox = queue.Queue()
+
+    def task(i):
+        return sorted(inbox.get(timeout=LONG) for _ in range(19)) if i == 0 else inbox.put(i)
+
+    with parallel_backend("hybrid", n_jobs=2):
+        results = Parallel(prefer="threads")(delayed(task)(i) for i in range(20))
+    assert results == [list(range(1, 20)), *[None] * 19]
+
+
+def wait_for_others(folder, i, n):
+    Path(folder, f"{i}").touch()
+    return i or eventually(lambda: len(os.listdir(folder)) == n, seconds=LONG)
+
+
+def test_a_task_in_the_caller_may_wait_for_tasks_of_workers_that_are_not_dispatched_yet(tmp_path):
+    with parallel_backend("hybrid", n_jobs=2) as (backend, _):
+        load_tier("processes").start_workers(backend.config, 2, frozenset())
+        assert eventually(lambda: load_tier("processes").ready_counter(backend.config)(), seconds=LONG)
+        results = Parallel()(delayed(wait_for_others)(str(tmp_path), i, 20) for i in range(20))
+    assert results == [True, *range(1, 20)]
+
+
+class OwnEstimator(BaseEstimator):
+    """A user's estimator among scikit-learn's own."""
+
+
+def test_nothing_of_a_call_runs_on_threads_beside_a_task_that_is_not_trusted():
+    """Both would draw from the same global generators, and the caller's are not kept apart in a trusted call."""
+    trusted, own = (
+        Items((_transform_one, (step, np.zeros((3, 3)), {}), {})) for step in (StandardScaler(), OwnEstimator())
+    )
+    facts = Facts(trusted_on_threads=True, is_nested=True)
+    pilot = Pilot(facts, Config())
+    pilot.meet(trusted, 3)
+    assert pilot.plan_for(trusted).tier == pilot.plan_for(own).tier == "inline"
+    # Some run on threads now: neither they nor the caller may have it.
+    assert pilot.replan(3, more_to_come=True, running=(0.2, 1), in_caller=trusted)
+    assert (pilot.plan_for(trusted).tier, pilot.plan_for(own).tier) == ("threads", "processes")
+    # The caller has it already: no others on threads.
+    pilot = Pilot(facts, Config())
+    pilot.meet(trusted, 3)
+    pilot.replan(3, more_to_come=True, running=(0.2, 1), in_caller=own)
+    assert pilot.plan_for(trusted).tier != "threads"
+
+
+def test_a_nested_call_in_the_caller_keeps_the_limits_of_the_task_that_it_is_in():
+    def outer(_):
+        Parallel(n_jobs=2, prefer="threads")(delayed(square)(i) for i in range(4))
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp"]
+
+    assert [pool for pool in threadpool_info() if pool["user_api"] == "openmp"]
+    with parallel_backend("hybrid", n_jobs=2, tier="threads", inner_max_num_threads=1):
+        for limits in Parallel(batch_size=1)(delayed(outer)(i) for i in range(4)):
+            assert set(limits) == {1}
+
+
+def test_threads_go_back_to_the_crew_without_limits():
+    def openmp(_):
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp"]
+
+    before = openmp(0)
+    with parallel_backend("hybrid", n_jobs=2, tier="threads", inner_max_num_threads=before[0] + 3):
+        assert Parallel()(delayed(openmp)(i) for i in range(4)) == [[before[0] + 3] * len(before)] * 4
+    # The next that the same threads do has nothing to do with that call.
+    results = queue.Queue()
+    for _ in range(8):
+        Crew.shared().run(lambda: results.put(openmp(0)))
+    assert [results.get(timeout=LONG) for _ in range(8)] == [before] * 8
+
+
+def test_the_initializer_is_pickled_once_a_call():
+    class Counts:
+        pickled = 0
+
+        def __reduce__(self):
+            Counts.pickled += 1
+            return int, ()
+
+    config = Config(initializer=square, initargs=(Counts(),))
+    pilot = Pilot(Facts(), config, None)
+    pilot.meet(Items((square, (1,), {})), 5)
+    load_tier("processes")
+    for _ in range(5):
+        pilot.replan(3, more_to_come=True)
+    assert Counts.pickled <= 1
+
+
+def test_help_comes_while_the_caller_is_in_a_task_however_long_that_was_expected_to_be():
+    """Workers may have come, and nobody else would see that they did."""
+    helped = threading.Event()
+    relief = Relief(Crew.shared(), lambda may_complete: helped.set())
+    with relief.standing_by(1, 1e6, may_complete=True):
+        assert helped.wait(LONG)
+    relief.end()
+
+
+def test_batches_are_completed_in_the_end_even_beside_a_task_that_draws():
+    allowed = queue.Queue()
+    relief = Relief(Crew.shared(), allowed.put)
+    with relief.standing_by(1, 0.0, may_complete=False):
+        assert not allowed.get(timeout=LONG)
+        assert eventually(lambda: allowed.get(timeout=LONG), seconds=LONG)
+    relief.end()

@@ -185,6 +185,11 @@ def test_the_search_for_libraries_before_the_first_batch_on_threads_must_pay_too
     assert decided(SKLEARN, seen, n_tasks=100, workers=Readiness(0, threads_s=0.01)).tier == "threads"
 
 
+def test_nothing_left_to_do_needs_no_workers():
+    known = Experience(0.0, 1, {"processes": 0.0}, {"processes": 1.0}, {"processes": 0.0})
+    assert not decided(UNKNOWN, known=known, workers=COLD, n_pending=0, more_to_come=False).start_workers
+
+
 def test_a_worker_start_that_has_no_idle_core_must_pay_more():
     seen = [on("threads", 0.02, 0.0148)] * 20
     lost = {"workers": COLD, "elapsed_s": 2.0, "n_pending": 20}

@@ -229,3 +229,12 @@ def test_reading_a_task_runs_nothing_of_it():
 
 def test_locks_and_events_are_data():
     assert trusts(Ridge(), lock=threading.Lock(), event=threading.Event())
+
+
+def test_objects_of_classes_that_cannot_be_hashed_are_looked_at_like_others():
+    class Odd(type):
+        def __eq__(cls, other):
+            return True
+
+    value = Odd("Value", (), {})()
+    assert not may_run_on_threads([(clone, (value,), {})])

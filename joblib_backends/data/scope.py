@@ -40,7 +40,7 @@ class ResidentScope:
 
     def __init__(self, store: Store, *, outlives_calls: bool, idle_nbytes: int | None = None) -> None:
         self.store = store
-        self._outlives_calls = outlives_calls
+        self.outlives_calls = outlives_calls
         self._allowance = _memory_nbytes() * _IDLE_FRACTION if idle_nbytes is None else idle_nbytes
         self._lock = threading.Lock()
         self._pinned: dict[bytes, Resident] = {}
@@ -79,7 +79,7 @@ class ResidentScope:
         """Let go of what only the allowance holds, unless this scope outlives calls."""
         with self._lock:
             self._settle_orphans()
-            if not self._outlives_calls:
+            if not self.outlives_calls:
                 self._idle = OrderedDict()
 
     def release(self) -> None:
@@ -101,7 +101,7 @@ class ResidentScope:
 
     def _forget_owner(self, address: int) -> None:
         self.store.forget_region(address)
-        if self._outlives_calls:
+        if self.outlives_calls:
             self._orphaned.append(address)
         else:
             self._owned.pop(address, None)

@@ -22,6 +22,7 @@ The scheduler does the rest: the n_jobs limit, order, completion, errors, joblib
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from abc import ABC, abstractmethod
@@ -113,9 +114,12 @@ class Tier(ABC):
         del config, n_jobs, packages
 
     @classmethod
-    def n_ready(cls, config: Config) -> int:
-        """Return how many workers are there already; a tier whose workers take no time to start has them all."""
-        return cls.capacity(config)
+    def ready_counter(cls, config: Config) -> Callable[[], int]:
+        """Return what tells, at any time, how many workers are there.
+
+        A tier whose workers take no time to start has them all.
+        """
+        return functools.partial(cls.capacity, config)
 
     @classmethod
     def startup_seconds(cls) -> float | None:

@@ -11,6 +11,7 @@ The pool outlives the call and its context: the next one finds workers running, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -44,9 +45,10 @@ class ProcessesTier(Tier):
         _pool_of(config).warm_up(n_jobs, packages)
 
     @classmethod
-    def n_ready(cls, config: Config) -> int:
-        """Return how many workers could take a batch of this configuration without being started first."""
-        return _pool_of(config).n_ready
+    def ready_counter(cls, config: Config) -> Callable[[], int]:
+        """Return what tells how many workers could take a batch without being started first."""
+        pool = _pool_of(config)
+        return lambda: pool.n_ready
 
     @classmethod
     def startup_seconds(cls) -> float | None:

@@ -11,7 +11,7 @@ import queue
 import threading
 from concurrent.futures import Future
 
-from ..budget import available_cores, process_wide_limit
+from ..budget import available_cores, keep_thread_limits, process_wide_limit
 from ..config import Config
 from ..crew import Crew
 from ..worker import Outcome, run_here
@@ -95,14 +95,18 @@ class ThreadsTier(Tier):
         """Run batches until told to end. Runs in a thread of the crew."""
         config = self._config
         initializer = functools.partial(config.initializer, *config.initargs) if config.initializer else None
-        while (item := self._queue.get()) is not None:
-            work, future = item
-            if not self._aborted and future.set_running_or_notify_cancel():
-                outcome = run_here(work.function, work.share, initializer)
-                initializer = None
-                with self._lock:
-                    self._n_unfinished -= 1
-                future.set_result(outcome)
-                del outcome
-            # An idle thread must not keep the last batch's data alive.
-            del item, work, future
+        try:
+            while (item := self._queue.get()) is not None:
+                work, future = item
+                if not self._aborted and future.set_running_or_notify_cancel():
+                    outcome = run_here(work.function, work.share, initializer)
+                    initializer = None
+                    with self._lock:
+                        self._n_unfinished -= 1
+                    future.set_result(outcome)
+                    del outcome
+                # An idle thread must not keep the last batch's data alive.
+                del item, work, future
+        finally:
+            # The crew's thread may complete batches next, and run the user's generator.
+            keep_thread_limits({})
