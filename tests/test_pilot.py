@@ -373,15 +373,21 @@ def test_nothing_of_a_call_runs_on_threads_beside_a_task_that_is_not_trusted():
     assert pilot.plan_for(trusted).tier != "threads"
 
 
-def test_a_nested_call_in_the_caller_keeps_the_limits_of_the_task_that_it_is_in():
-    def outer(_):
-        Parallel(n_jobs=2, prefer="threads")(delayed(square)(i) for i in range(4))
-        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp"]
+def limits_around_a_nested_call(_):
+    import sklearn.ensemble  # noqa: F401  (loads OpenMP)
 
-    assert [pool for pool in threadpool_info() if pool["user_api"] == "openmp"]
-    with parallel_backend("hybrid", n_jobs=2, tier="threads", inner_max_num_threads=1):
-        for limits in Parallel(batch_size=1)(delayed(outer)(i) for i in range(4)):
-            assert set(limits) == {1}
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info()]
+
+    before = threads()
+    during = Parallel(n_jobs=2, prefer="threads")(delayed(threads)() for i in range(2))
+    return [before, *during, threads()]
+
+
+def test_a_nested_call_in_the_caller_keeps_the_limits_of_the_task_that_it_is_in():
+    with parallel_backend("hybrid", n_jobs=2, tier="processes", inner_max_num_threads=1):
+        for limits in Parallel(batch_size=1)(delayed(limits_around_a_nested_call)(i) for i in range(4)):
+            assert {n for pools in limits for n in pools} == {1}
 
 
 def test_threads_go_back_to_the_crew_without_limits():
