@@ -63,8 +63,8 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
     tier : str, default="auto"
         Where batches run: "auto", "inline" (the caller's own thread), "threads", "processes", "dask", or the name
         of a registered tier. "auto" takes Dask if a client or address is given or a client is active in this
-        process; threads if the call asks for them or its function and all it works on are scikit-learn's own;
-        processes for everything else.
+        process. Otherwise the cheapest of what is allowed: the caller's own thread where it waits for a list;
+        threads if the call asks for them or its function and all it works on are scikit-learn's own; processes.
     scatter : list, optional
         Objects to place where workers read them, before the first batch: arrays of any order and dtype, pandas
         and Arrow tables, SciPy sparse matrices, lists, memmaps; on Dask also Dask collections and futures. Any
@@ -272,8 +272,8 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         config, parallel = self._call_config, self.parallel
         facts = dataclasses.replace(
             self._facts,
-            # A task that the caller runs itself cannot time out.
-            caller_waits=parallel.return_as == "list" and parallel.timeout is None,
+            caller_waits=parallel.return_as == "list",
+            has_timeout=parallel.timeout is not None,
             n_jobs=self._workers,
             cores=available_cores(config),
         )

@@ -1,6 +1,6 @@
 """The batches of one call: what joblib holds of each, which of them wait, and which run.
 
-Pure bookkeeping: nothing here runs a task, and no wait is longer than for the lock.
+Pure bookkeeping: nothing here runs a task, or waits but for the lock.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Batch:
         self.plan: Plan | None = None
         self.payload: Payload | None = None
         self.started = 0.0
-        # How many ran when it ended, and whether some of them were on another tier.
+        # How many ran when it ended, and whether anything ran on another tier since it was started.
         self.n_together = 1
         self.is_mixed = False
 
@@ -149,6 +149,14 @@ class BatchQueue:
         # A tier keeps its own batches to n_jobs; what is handed over ahead while others run elsewhere would exceed it.
         return self._n_running_on[tier] != len(self._running)
 
+    def put_back(self, batch: Batch) -> None:
+        """Let a batch that was just started, and has not run, wait for its turn again, before all others."""
+        with self._lock:
+            self._leave(batch)
+            batch.started = 0.0
+            if not self._is_closed:
+                self._waiting.appendleft(batch)
+
     def finish(self, batch: Batch) -> None:
         """Note that a batch is done."""
         with self._lock:
@@ -156,10 +164,13 @@ class BatchQueue:
             if self._runs_elsewhere(batch.tier):
                 self._last_mixed = time.perf_counter()
             batch.is_mixed = batch.started <= self._last_mixed
-            self._running.discard(batch)
-            self._n_running_on[batch.tier] -= 1
-            if not self._running:
-                self._busy_s += time.perf_counter() - self._busy_since
+            self._leave(batch)
+
+    def _leave(self, batch: Batch) -> None:
+        self._running.discard(batch)
+        self._n_running_on[batch.tier] -= 1
+        if not self._running:
+            self._busy_s += time.perf_counter() - self._busy_since
 
     def busy_seconds(self) -> float:
         """Return for how long anything has been running, in all."""

@@ -120,7 +120,8 @@ def cores_for_batch(cores: int, n_jobs: int, left: Iterable[float], n_waiting: i
     n_jobs : int
         Batches that may run at once.
     left : iterable of float
-        For each batch that runs already, the part of its expected time that it still has to run, 1 if unknown.
+        For each batch that runs already, the part of its expected time that it still has to run, 1 if unknown;
+        negative if it has been running for longer.
     n_waiting : int
         Batches that wait for their turn.
     more_to_come : bool
@@ -131,7 +132,8 @@ def cores_for_batch(cores: int, n_jobs: int, left: Iterable[float], n_waiting: i
     int
         At least 1: five folds on 64 cores get twelve each, and the last of three folds on two cores gets both.
     """
-    neighbours = sum(part > _NEARLY_DONE for part in left) + n_waiting
+    # Who takes much longer than expected is as far from its end as nobody knows.
+    neighbours = sum(part > _NEARLY_DONE or part < -_NEARLY_DONE for part in left) + n_waiting
     together = n_jobs if more_to_come else min(n_jobs, 1 + neighbours)
     return cores_per_task(cores, together)
 
@@ -304,6 +306,8 @@ def limited(limits: Mapping[str, int]) -> Iterator[None]:
 def _forget_in_child() -> None:
     # Another thread of the parent may have held them: a search takes 10 ms.
     _Libraries._lock, process_wide_limit._lock = threading.Lock(), threading.Lock()
+    # Calls of the parent withdraw nothing here.
+    process_wide_limit._asked.clear()
 
 
 if hasattr(os, "register_at_fork"):

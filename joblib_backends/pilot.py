@@ -114,12 +114,26 @@ class Pilot:
         tier = loaded_tier(self.plan.tier)
         return tier is not None and tier.runs_in_caller
 
-    @property
-    def guards_caller(self) -> bool:
-        """Whether tasks in the calling thread must be kept from its random generators, and it from their neighbours."""
+    def guards(self, function: Callable[[], Any]) -> bool:
+        """Return whether a batch in the calling thread gets random streams of its own: one that may not use threads."""
         facts = self._facts
         # On threads, where they were asked for, tasks draw from the global generators too.
-        return self.adapts and not (facts.trusted_on_threads or facts.require or facts.prefer == "threads")
+        if not self.adapts or facts.require or facts.prefer == "threads":
+            return False
+        return not facts.trusted_on_threads or (self._trust_matters() and not self._trusts(function))
+
+    @property
+    def guards_generator(self) -> bool:
+        """Whether the user's generator of tasks must not draw from the streams of tasks in the calling thread.
+
+        In a nested call it is part of a task, and draws as that does.
+        """
+        facts = self._facts
+        return self.adapts and not (facts.is_nested or facts.require or facts.prefer == "threads")
+
+    def has_left_caller(self, function: Callable[[], Any]) -> bool:
+        """Return whether a batch that was left to the calling thread must not run there any more."""
+        return self._uses_threads and self.plan_for(function).tier != "inline"
 
     # ---- before a batch
 
@@ -169,7 +183,11 @@ class Pilot:
         return dataclasses.replace(self._facts, trusted_on_threads=False)
 
     def _trusts(self, function: Callable[[], Any]) -> bool:
-        return self._trust.allows(getattr(function, "items", None) or [(function, (), {})])
+        try:
+            return self._trust.allows(getattr(function, "items", None) or [(function, (), {})])
+        except RuntimeError:
+            # A task that runs already changes what it was given.
+            return False
 
     def _may_glue(self, function: Callable[[], Any]) -> bool:
         """Return whether tasks may share a batch.
@@ -216,7 +234,7 @@ class Pilot:
         """Take in what a finished batch spent.
 
         ``busy_s`` is how long the call has been running anything so far, ``n_together`` how many batches it ran then,
-        ``is_mixed`` whether some of them since the last one were on another tier.
+        ``is_mixed`` whether anything ran on another tier since the batch was started.
         """
         self._task_s = spent.wall / max(1, n_tasks)
         if not self.adapts and not self._sizes_batches:
@@ -234,13 +252,14 @@ class Pilot:
         n_pending: int,
         *,
         more_to_come: bool,
-        running: tuple[float, int] = (0.0, 0),
+        running: tuple[float, int, float] = (0.0, 0, 0.0),
         in_caller: Callable[[], Any] | None = None,
     ) -> bool:
         """Decide again if there is something to decide and enough was seen; return whether the tier changed.
 
-        ``running`` has the seconds for which the caller has been running a batch, and its tasks; ``in_caller`` is that
-        batch: if it is not to be trusted beside others in this process, none will be on threads.
+        ``running`` has the seconds for which the caller has been running a batch, its tasks, and the cores that they
+        used; ``in_caller`` is that batch: if it is not to be trusted beside others in this process, none will be on
+        threads.
         """
         if not self.adapts or not self._is_met or not (n_pending or more_to_come):
             return False
@@ -288,7 +307,7 @@ class Pilot:
             return Readiness(0, _expected_startup_seconds(), _Missed.seconds, threads_s)
         try:
             if self._count_ready is None:
-                # Kept: to find the workers of an initializer, its arguments are pickled.
+                # Kept: to find the workers of an initializer, its arguments must be pickled.
                 self._count_ready = tier.ready_counter(self._config)
             n_ready = self._count_ready()
         except Exception as error:

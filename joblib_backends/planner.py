@@ -49,6 +49,8 @@ class Progress:
         Seconds for which the calling thread has been running a batch that takes long, else 0.
     n_running : int
         Tasks of that batch.
+    cores_used : float
+        Cores that this process has been using of late.
     """
 
     n_pending: int = 0
@@ -57,6 +59,7 @@ class Progress:
     elapsed_s: float = 0.0
     running_s: float = 0.0
     n_running: int = 1
+    cores_used: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,13 @@ _HAS_A_PACE_S: Final = 0.01
 
 #: Times its usual length after which a batch of the calling thread is one that takes long.
 _LONG: Final = 2.0
+
+#: Cores used by a task, and part of all cores, from which others are kept from it.
+_SEVERAL_CORES: Final = 1.3
+_MOST_CORES: Final = 0.6
+
+#: Seconds after which a task of a new kind has shown whether it has threads of its own.
+_SHOWS_ITS_THREADS_S: Final = 0.05
 
 #: Worker starts that a long task of the calling thread may outlast before the others are sent to workers that are not
 #: there: by then something is wrong, and only a worker that fails to start can say what.
@@ -211,14 +221,26 @@ class CallPlanner:
 
     def decide(self, progress: Progress, workers: Readiness) -> Plan:
         """Return the plan for the batches from now on."""
-        if not self.is_fixed:
+        if not self.is_fixed and not self._needs_the_cores(progress):
             solo_s = self._solo_seconds(progress)
             self.plan = self._begin() if solo_s is None else self._cheapest(solo_s, progress, workers)
         return self.plan
 
+    def _needs_the_cores(self, progress: Progress) -> bool:
+        """Return whether the calling thread is in a task that uses the cores by itself, or that may be about to.
+
+        Its threads wait for each other again and again, and wait long for one that others keep from its core: with a
+        second fold beside it the first of a boosting on two cores took four times as long. What begins with one thread
+        and goes on with many is seen after a while only.
+        """
+        if self.plan.tier != "inline" or not progress.running_s:
+            return False
+        is_new = self._known is None and not self._seen and progress.running_s < _SHOWS_ITS_THREADS_S
+        return is_new or progress.cores_used > max(_SEVERAL_CORES, _MOST_CORES * self._facts.cores)
+
     def _begin(self) -> Plan:
         """Return the plan while nothing is known: what is allowed, safe, and costs nothing to start."""
-        if self._facts.cluster is not None:
+        if self._facts.cluster is not None or "inline" not in self._allowed:
             return choose_tier(self._facts)
         return Plan("inline", "nothing was known of its tasks, so the calling thread began with them")
 

@@ -27,7 +27,7 @@ _MT19937_NBYTES: Final = 624 * 4 + 4
 class _Stream(ABC):
     """One global generator, in which the parent's state and the tasks' state take turns.
 
-    Ctrl-C may come between any two steps: the parent's state is then in place, or kept until the next ``leave``.
+    Ctrl-C may come between two steps: whoever changes places next finds out from the flag what is still to be done.
     """
 
     is_in_place = False
@@ -154,7 +154,7 @@ class TaskRandomness:
     def outside(self) -> Iterator[None]:
         """Let what runs inside the block draw from the parent's streams, though a task runs in another thread.
 
-        For the user's generator of tasks. What the task draws meanwhile, it draws from there too.
+        For the user's generator of tasks. What the task draws or seeds meanwhile, it draws and seeds there too.
         """
         token = object()
         try:

@@ -21,11 +21,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 from .crew import Crew
 
-__all__ = ["Relief"]
+__all__ = ["Relief", "Running"]
 
 #: Seconds after which a batch in the calling thread takes long, of which nothing was expected: moving the rest
 #: elsewhere costs less than this.
@@ -38,6 +38,9 @@ _LONG: Final = 2.0
 _LOOK_INTERVAL_S: Final = 0.005
 _SELDOM_S: Final = 0.05
 
+#: Seconds between two samples of the CPU time of the process: a task may go on with more threads than it began with.
+_SAMPLE_S: Final = 0.015
+
 #: Seconds for which the lookout stays without anybody to look after.
 _STAYS_S: Final = 0.5
 
@@ -46,6 +49,16 @@ _HELP_INTERVAL_S: Final = 0.002
 
 #: Seconds after which batches are completed in any case: others may be waiting for what is dispatched then.
 _MUST_COMPLETE_S: Final = 1.0
+
+
+class Running(NamedTuple):
+    """A batch of the calling thread that takes long; nothing by default."""
+
+    #: For how long it has been running.
+    seconds: float = 0.0
+    n_tasks: int = 0
+    #: Cores that this process has been using of late.
+    cores: float = 0.0
 
 
 class Relief:
@@ -68,6 +81,8 @@ class Relief:
         self._busy_since: float | None = None
         self._n_tasks = 1
         self._patience_s = _PATIENCE_S
+        # Of time and CPU time, the last two of this batch.
+        self._samples = ((0.0, 0.0), (0.0, 0.0))
         self._may_complete = False
         #: Seconds between two looks at this caller.
         self.look_interval_s = _LOOK_INTERVAL_S
@@ -81,11 +96,21 @@ class Relief:
         return self._busy_since is not None
 
     @property
-    def running(self) -> tuple[float, int]:
-        """The seconds for which the caller has been in a batch that takes long, and its tasks; else zeros."""
+    def running(self) -> Running:
+        """What the caller runs, if that takes long."""
         since = self._busy_since
         seconds = 0.0 if since is None else time.perf_counter() - since
-        return (seconds, self._n_tasks) if seconds > self._patience_s else (0.0, 0)
+        if seconds <= self._patience_s:
+            return Running()
+        return Running(seconds, self._n_tasks, self._cores_used())
+
+    def _cores_used(self) -> float:
+        """Return how many cores this process has used since the sample before the last, or the batch's begin."""
+        now, cpu = time.perf_counter(), time.process_time()
+        if now - self._samples[1][0] > _SAMPLE_S:
+            self._samples = (self._samples[1], (now, cpu))
+        before, cpu_before = self._samples[0]
+        return (cpu - cpu_before) / max(now - before, 1e-6)
 
     @contextmanager
     def standing_by(self, n_tasks: int, expected_s: float, *, may_complete: bool) -> Iterator[None]:
@@ -93,7 +118,9 @@ class Relief:
         self._n_tasks, self._may_complete = n_tasks, may_complete
         # However long it is: workers may come meanwhile, and nobody else would see that they did.
         self._patience_s = max(_PATIENCE_S, min(_LONG * expected_s, _SELDOM_S))
-        self._busy_since = time.perf_counter()
+        began = time.perf_counter()
+        self._samples = ((began, time.process_time()),) * 2
+        self._busy_since = began
         if not self._is_watched:
             self._is_watched = True
             self.look_interval_s = _SELDOM_S if expected_s else _LOOK_INTERVAL_S
@@ -112,7 +139,7 @@ class Relief:
 
     def look(self) -> None:
         """Have somebody help out if the caller takes long. Called by the lookout."""
-        if self.running[1] and not self._has_help:
+        if self.running.seconds and not self._has_help:
             self._has_help = True
             # From now on somebody else looks at what it does.
             self.look_interval_s = _SELDOM_S
@@ -126,7 +153,7 @@ class Relief:
         """Help out until the caller is back. The body of the crew's thread."""
         interval_s = _HELP_INTERVAL_S
         try:
-            while (help_out := self._help_out) is not None and (running_s := self.running[0]):
+            while (help_out := self._help_out) is not None and (running_s := self.running.seconds):
                 may_complete = self._may_complete or running_s > _MUST_COMPLETE_S
                 help_out(may_complete)
                 del help_out

@@ -32,6 +32,8 @@ class Facts:
         Whether the call runs inside a task.
     caller_waits : bool
         Whether the calling thread waits for all results; one that consumes a generator has other things to do.
+    has_timeout : bool
+        Whether it waits for so long only: a task that it runs itself cannot be left behind.
     n_jobs, cores : int
         Batches that may run at once, and cores of this machine to run them on.
     """
@@ -45,6 +47,7 @@ class Facts:
     trusted_on_threads: bool = False
     is_nested: bool = False
     caller_waits: bool = True
+    has_timeout: bool = False
     n_jobs: int = 2
     cores: int = 2
 
@@ -93,14 +96,13 @@ def _choose_automatically(facts: Facts) -> Plan:
 
 
 def allowed_tiers(facts: Facts) -> tuple[str, ...]:
-    """Return the tiers among which cost decides; one if the user has decided.
+    """Return the tiers among which cost decides; one if there is nothing to decide.
 
-    The calling thread is always allowed where it waits: there a task runs as with ``n_jobs=1``.
+    The calling thread is allowed where it waits, for as long as it takes: there a task runs as with ``n_jobs=1``.
     """
     chosen = choose_tier(facts).tier
     if facts.tier != "auto" or not facts.caller_waits or (chosen == "dask" and facts.cluster_was_given):
         return (chosen,)
     may_leave = chosen == "threads" and facts.prefer is None and facts.require is None
-    if may_leave and not facts.is_daemonic and not facts.is_nested:
-        return ("inline", "threads", "processes")
-    return ("inline", chosen)
+    elsewhere = ("processes",) if may_leave and not facts.is_daemonic and not facts.is_nested else ()
+    return (*(() if facts.has_timeout else ("inline",)), chosen, *elsewhere)

@@ -91,8 +91,9 @@ class Call:
 
     Notes
     -----
-    Thread-safe. The lock guards the waiting batches, those in flight, the unfinished futures, the counts and the first
-    failure. Only who takes a future out of the unfinished ones may end it.
+    Thread-safe. The lock guards the unfinished futures, the count of their tasks, which is read without it, the first
+    failure and whether there is a completer; the queue of batches has its own. Only who takes a future out of the
+    unfinished ones may end it.
     """
 
     def __init__(
@@ -125,9 +126,8 @@ class Call:
         self._unfinished: set[BatchFuture] = set()
         self._n_pending_tasks = 0
         self._first_submit = 0.0
-        # The batch that the caller runs, and whether the user's generator is to be kept from its random numbers.
+        # The batch that the caller runs.
         self._in_caller: Batch | None = None
-        self._draws_apart = False
         self._is_held = self._caller_completes
         self._caller_came = False
         self._caller = threading.get_ident()
@@ -296,18 +296,28 @@ class Call:
     def _run_one_here(self) -> bool:
         """Run the first batch that waits, if the plan leaves it to the caller; return whether there was one."""
         batch = self._start_next(in_caller=True)
-        if batch is not None:
-            outcome = self._run_here(batch)
-            self._queue.finish(batch)
-            if outcome.error is not None:
-                # Not when the completer comes to it: until then the next batch would have been started.
-                self._fail(outcome.error, batch.future)
+        if batch is None:
+            return False
+        self._in_caller = batch
+        if self._pilot.has_left_caller(batch.function):
+            # Race: a helper may have sent others to threads meanwhile, without having seen this one.
+            self._in_caller = None
+            self._queue.put_back(batch)
+            self._make_ready(batch)
             self._feed()
-            if self._caller_completes:
-                self._complete(batch, functools.partial(_same, outcome))
-            else:
-                self._enqueue(batch, functools.partial(_same, outcome))
-        return batch is not None
+            return True
+        outcome = self._run_here(batch)
+        self._in_caller = None
+        self._queue.finish(batch)
+        if outcome.error is not None:
+            # Not when the completer comes to it: until then the next batch would have been started.
+            self._fail(outcome.error, batch.future)
+        self._feed()
+        if self._caller_completes:
+            self._complete(batch, functools.partial(_same, outcome))
+        else:
+            self._enqueue(batch, functools.partial(_same, outcome))
+        return True
 
     def _run_if_wanted(self, batch: Batch) -> Outcome:
         return Outcome(None, self._failure) if self._failure is not None else self._run_here(batch)
@@ -318,18 +328,14 @@ class Call:
         work = self._work(batch, tier)
         if not self._pilot.adapts:
             return tier.outcome(tier.submit(work))
-        guards = self._pilot.guards_caller
+        guards, size = self._pilot.guards(batch.function), batch.future.size
         # The user's generator must not draw from the tasks' random numbers: no completer beside such a task at first.
         draws_apart = guards and self._is_lazy() and self._more_to_come(self._caller_came)
-        size = batch.future.size
-        self._in_caller, self._draws_apart = batch, draws_apart
         with (
             task_randomness.separate() if guards else contextlib.nullcontext(),
             self._relief.standing_by(size, size * self._pilot.expected_task_s, may_complete=not draws_apart),
         ):
-            outcome = tier.outcome(tier.submit(work))
-        self._in_caller, self._draws_apart = None, False
-        return outcome
+            return tier.outcome(tier.submit(work))
 
     # ---- called in any thread, a tier's own included
 
@@ -402,10 +408,10 @@ class Call:
 
     def _enqueue(self, batch: Batch, get_outcome: GetOutcome) -> None:
         if not self._has_completer:
-            self._start_completer()
+            self._start_completer(batch.future)
         self._completions.put((batch, get_outcome))
 
-    def _start_completer(self) -> None:
+    def _start_completer(self, future: BatchFuture) -> None:
         with self._lock:
             starts, self._has_completer = not self._has_completer, True
         if not starts:
@@ -415,7 +421,7 @@ class Call:
         except BaseException as error:
             # Nobody would complete anything: whoever waits is told why.
             self._has_completer = False
-            self._fail(error, None)
+            self._fail(error, future)
 
     def _fail(self, error: BaseException, culprit: BatchFuture | None) -> None:
         """End every unfinished future with ``error``, the first failure of the call; later ones change nothing."""
@@ -528,8 +534,9 @@ class Call:
         callback, future.callback = future.callback, None
         try:
             if callback is not None:
-                # In a helper, while the caller's task goes on.
-                with task_randomness.outside() if self._draws_apart else contextlib.nullcontext():
+                # In a helper the caller's task may be going on.
+                is_apart = threading.get_ident() != self._caller and self._pilot.guards_generator
+                with task_randomness.outside() if is_apart else contextlib.nullcontext():
                     callback(future)
         except BaseException as error:
             self._fail(error, None)

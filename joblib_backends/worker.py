@@ -57,7 +57,7 @@ PackedOutcome = tuple[bool, bytes, tuple[float, float, float]]
 _TOO_SHORT_S: Final = 1e-3
 
 
-#: Times a batch's length since the thread was last asked: what came before the batch must not be charged to it.
+#: Delays count if they were last asked for at most so many lengths of the batch ago: earlier ones are not the batch's.
 _RECENT: Final = 1.2
 
 

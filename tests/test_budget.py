@@ -94,6 +94,8 @@ def test_what_the_user_fixed_by_a_variable_is_left_alone(no_variables, monkeypat
         (2, 2, [], 2, False, 1),
         (2, 2, [0.03], 0, False, 2),
         (2, 2, [-0.2], 0, False, 2),
+        # One that has been running for twice as long as expected may go on as long.
+        (2, 2, [-1.0], 0, False, 1),
         (2, 2, [0.6], 0, False, 1),
         (2, 2, [0.03], 1, False, 1),
         # More batches than jobs never count twice.

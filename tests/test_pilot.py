@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import LONG, eventually
 from joblib import Parallel, delayed, parallel_backend
-from sklearn.base import BaseEstimator
-from sklearn.pipeline import _transform_one
+from sklearn.base import BaseEstimator, clone
+from sklearn.pipeline import FeatureUnion, _transform_one
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info
 
@@ -348,6 +348,7 @@ def test_a_task_in_the_caller_may_wait_for_tasks_of_workers_that_are_not_dispatc
         assert eventually(lambda: load_tier("processes").ready_counter(backend.config)(), seconds=LONG)
         results = Parallel()(delayed(wait_for_others)(str(tmp_path), i, 20) for i in range(20))
     assert results == [True, *range(1, 20)]
+    assert last_report().tier.startswith("inline")
 
 
 class OwnEstimator(BaseEstimator):
@@ -364,12 +365,12 @@ def test_nothing_of_a_call_runs_on_threads_beside_a_task_that_is_not_trusted():
     pilot.meet(trusted, 3)
     assert pilot.plan_for(trusted).tier == pilot.plan_for(own).tier == "inline"
     # Some run on threads now: neither they nor the caller may have it.
-    assert pilot.replan(3, more_to_come=True, running=(0.2, 1), in_caller=trusted)
+    assert pilot.replan(3, more_to_come=True, running=(0.2, 1, 1.0), in_caller=trusted)
     assert (pilot.plan_for(trusted).tier, pilot.plan_for(own).tier) == ("threads", "processes")
     # The caller has it already: no others on threads.
     pilot = Pilot(facts, Config())
     pilot.meet(trusted, 3)
-    pilot.replan(3, more_to_come=True, running=(0.2, 1), in_caller=own)
+    pilot.replan(3, more_to_come=True, running=(0.2, 1, 1.0), in_caller=own)
     assert pilot.plan_for(trusted).tier != "threads"
 
 
@@ -386,22 +387,26 @@ def limits_around_a_nested_call(_):
 
 def test_a_nested_call_in_the_caller_keeps_the_limits_of_the_task_that_it_is_in():
     with parallel_backend("hybrid", n_jobs=2, tier="processes", inner_max_num_threads=1):
-        for limits in Parallel(batch_size=1)(delayed(limits_around_a_nested_call)(i) for i in range(4)):
-            assert {n for pools in limits for n in pools} == {1}
+        for before, _, _, after in Parallel(batch_size=1)(delayed(limits_around_a_nested_call)(i) for i in range(4)):
+            assert {*before, *after} == {1}
 
 
 def test_threads_go_back_to_the_crew_without_limits():
     def openmp(_):
         return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp"]
 
-    before = openmp(0)
+    before, crew = openmp(0), Crew.shared()
     with parallel_backend("hybrid", n_jobs=2, tier="threads", inner_max_num_threads=before[0] + 3):
         assert Parallel()(delayed(openmp)(i) for i in range(4)) == [[before[0] + 3] * len(before)] * 4
     # The next that the same threads do has nothing to do with that call.
+    assert eventually(lambda: len(crew._roster.idle) >= 2, seconds=LONG)
     results = queue.Queue()
-    for _ in range(8):
-        Crew.shared().run(lambda: results.put(openmp(0)))
-    assert [results.get(timeout=LONG) for _ in range(8)] == [before] * 8
+    for _ in range(len(crew._roster.idle)):
+        crew.run(lambda: results.put((threading.get_ident(), openmp(0))))
+        assert results.get(timeout=LONG)[1] == before
+        # Behind the others, so that each has its turn.
+        assert eventually(lambda: len(crew._roster.idle) >= 2, seconds=LONG)
+        crew._roster.idle.rotate()
 
 
 def test_the_initializer_is_pickled_once_a_call():
@@ -413,12 +418,13 @@ def test_the_initializer_is_pickled_once_a_call():
             return int, ()
 
     config = Config(initializer=square, initargs=(Counts(),))
+    load_tier("processes")
     pilot = Pilot(Facts(), config, None)
     pilot.meet(Items((square, (1,), {})), 5)
-    load_tier("processes")
     for _ in range(5):
         pilot.replan(3, more_to_come=True)
-    assert Counts.pickled <= 1
+    assert Counts.pickled == 1
+    assert not pilot._cannot_start
 
 
 def test_help_comes_while_the_caller_is_in_a_task_however_long_that_was_expected_to_be():
@@ -430,10 +436,68 @@ def test_help_comes_while_the_caller_is_in_a_task_however_long_that_was_expected
     relief.end()
 
 
-def test_batches_are_completed_in_the_end_even_beside_a_task_that_draws():
-    allowed = queue.Queue()
-    relief = Relief(Crew.shared(), allowed.put)
+def test_batches_are_completed_in_the_end_even_beside_a_task_that_draws(monkeypatch):
+    allowed, helped = [], threading.Event()
+
+    def help_out(may_complete):
+        allowed.append(may_complete)
+        helped.set()
+        time.sleep(0.01)
+
+    relief = Relief(Crew.shared(), help_out)
+    monkeypatch.setattr("joblib_backends.relief._MUST_COMPLETE_S", 1e6)
     with relief.standing_by(1, 0.0, may_complete=False):
-        assert not allowed.get(timeout=LONG)
-        assert eventually(lambda: allowed.get(timeout=LONG), seconds=LONG)
+        assert helped.wait(LONG)
+        assert not any(allowed)
+        monkeypatch.setattr("joblib_backends.relief._MUST_COMPLETE_S", 0.1)
+        assert eventually(lambda: any(allowed), seconds=LONG)
     relief.end()
+
+
+def seed_and_draw():
+    np.random.seed(5)
+    return np.random.rand()
+
+
+class Seeds(BaseEstimator):
+    """A user's estimator among scikit-learn's own, which seeds the global generator."""
+
+    def fit(self, data, target=None):
+        self.drawn_ = seed_and_draw()
+        return self
+
+    def transform(self, data):
+        return data
+
+
+def test_a_task_that_is_not_trusted_in_a_call_that_is_leaves_the_generator_alone():
+    data = np.arange(12.0).reshape(4, 3)
+    np.random.seed(0)
+    expected = np.random.RandomState(0).rand()
+    with parallel_backend("hybrid", n_jobs=2):
+        union = FeatureUnion([("a", StandardScaler()), ("mine", Seeds()), ("c", StandardScaler())], n_jobs=2)
+        fitted = union.fit(data).transformer_list[1][1].drawn_
+    assert last_report().tier.startswith("inline")
+    assert (np.random.rand(), fitted) == (expected, np.random.RandomState(5).rand())
+
+
+def test_a_batch_that_must_not_stay_with_the_caller_any_more_is_put_back():
+    """Between the moment in which the caller took it and that in which a helper could see that, others moved."""
+    trusted, own = (
+        Items((_transform_one, (step, np.zeros((3, 3)), {}), {})) for step in (StandardScaler(), OwnEstimator())
+    )
+    pilot = Pilot(Facts(trusted_on_threads=True, is_nested=True), Config())
+    pilot.meet(trusted, 3)
+    assert not pilot.has_left_caller(own)
+    pilot.replan(3, more_to_come=True, running=(0.2, 1, 1.0))
+    pilot.plan_for(trusted)
+    assert pilot.has_left_caller(own)
+
+
+def test_what_a_running_task_changes_is_not_trusted():
+    class Changing(dict):
+        def __iter__(self):
+            raise RuntimeError("dictionary changed size during iteration")
+
+    pilot = Pilot(Facts(trusted_on_threads=True), Config())
+    assert not pilot._trusts(Items((clone, (Changing(a=1),), {})))

@@ -123,6 +123,10 @@ def test_a_plan_is_a_value():
         # Who consumes a generator is not there to run tasks.
         ({"caller_waits": False}, ("processes",)),
         ({"caller_waits": False, "trusted_on_threads": True}, ("threads",)),
+        # Nor can it leave a task behind that it runs itself.
+        ({"has_timeout": True}, ("processes",)),
+        ({"has_timeout": True, "trusted_on_threads": True}, ("threads", "processes")),
+        ({"has_timeout": True, "prefer": "threads"}, ("threads",)),
         ({"tier": "threads"}, ("threads",)),
         ({"tier": "processes", "trusted_on_threads": True}, ("processes",)),
         ({"tier": "spark"}, ("spark",)),
@@ -291,6 +295,18 @@ def test_a_caller_that_is_in_a_long_task_gets_nothing_else_to_do():
     assert decided(Facts(require="sharedmem"), *small).tier == "inline"
     # A batch that takes as long as its tasks usually do is not long.
     assert decided(Facts(require="sharedmem"), *small, running_s=0.01, n_running=10_000).tier == "inline"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cores_used", "cores", "moves"),
+    [(0.2, 1.0, 2, True), (0.2, 1.9, 2, False), (60.0, 1.9, 2, False), (0.2, 1.9, 64, True), (0.01, 1.0, 2, False)],
+    ids=["one thread", "threads of its own", "however long", "most cores idle", "too early to tell"],
+)
+def test_a_task_that_uses_the_cores_by_itself_is_not_joined_by_others(seconds, cores_used, cores, moves):
+    planner = CallPlanner(Facts(trusted_on_threads=True, cores=cores))
+    assert planner.decide(Progress(n_pending=4), WARM).tier == "inline"
+    plan = planner.decide(Progress(n_pending=4, running_s=seconds, cores_used=cores_used), WARM)
+    assert (plan.tier != "inline") == moves
 
 
 def test_one_huge_task_among_tiny_ones_moves_what_waits_and_does_not_stand_for_what_comes():

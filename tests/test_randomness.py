@@ -18,8 +18,9 @@ def draw(_):
 
 
 @pytest.mark.parametrize("n_tasks", [7, 300])
-def test_tasks_that_seed_leave_the_generator_of_tasks_its_stream(n_tasks):
+def test_tasks_that_seed_leave_the_generator_of_tasks_its_stream(n_tasks, monkeypatch):
     """What the user's generator draws must not depend on which tasks the calling thread ran."""
+    monkeypatch.setattr("joblib_backends.relief._MUST_COMPLETE_S", 1e6)
     np.random.seed(0)
     random.seed(0)
     expected = [(np.random.randn(), random.random()) for _ in range(n_tasks)]
@@ -83,6 +84,7 @@ def test_the_calls_of_several_threads_leave_the_parents_stream_alone():
         thread.start()
     for thread in threads:
         thread.join(LONG)
+    assert not any(thread.is_alive() for thread in threads)
     assert np.random.rand() == np.random.RandomState(0).rand()
 
 

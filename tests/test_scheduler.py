@@ -407,7 +407,7 @@ class Undecided(Pilot):
     def adapts(self):
         return True
 
-    def replan(self, n_pending, *, more_to_come, running=(0.0, 0), in_caller=None):
+    def replan(self, n_pending, *, more_to_come, running=(0.0, 0, 0.0), in_caller=None):
         return True
 
 

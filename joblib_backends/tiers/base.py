@@ -71,7 +71,8 @@ class Tier(ABC):
     Notes
     -----
     Thread-safe: the scheduler calls ``submit`` from the caller's thread and from its own, ``abort`` and ``close``
-    from any. A future may be completed in any thread; done-callbacks of the scheduler only put it in a queue.
+    from any. A future may be completed in any thread; done-callbacks of the scheduler submit the next batch and put
+    the future in a queue, and run no code of the user.
     What a task did, success or failure, is an :class:`~joblib_backends.worker.Outcome`; ``outcome`` raises only
     when the tier itself failed, and then one of our own errors: foreign exceptions are translated there.
     """

@@ -47,8 +47,9 @@ class ProcessesTier(Tier):
     @classmethod
     def ready_counter(cls, config: Config) -> Callable[[], int]:
         """Return what tells how many workers could take a batch without being started first."""
-        pool = _pool_of(config)
-        return lambda: pool.n_ready
+        # Not the pool itself: an idle one makes room for that of another initializer, and is made anew.
+        initializer = pickle_initializer(config)
+        return lambda: WorkerPool.get(initializer, config.idle_worker_timeout).n_ready
 
     @classmethod
     def startup_seconds(cls) -> float | None:
