@@ -534,8 +534,9 @@ class Call:
         callback, future.callback = future.callback, None
         try:
             if callback is not None:
-                # In a helper the caller's task may be going on.
-                is_apart = threading.get_ident() != self._caller and self._pilot.guards_generator
+                # In a helper the caller's task may be going on. A generator that has ended draws nothing.
+                in_helper = threading.get_ident() != self._caller and self._more_to_come(self._caller_came)
+                is_apart = in_helper and self._pilot.guards_generator
                 with task_randomness.outside() if is_apart else contextlib.nullcontext():
                     callback(future)
         except BaseException as error:

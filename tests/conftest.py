@@ -112,7 +112,7 @@ def _is_mine(folder):
     return any(str(folder) == str(own.path) for own in default_store()._folders.values())
 
 
-def eventually(condition, seconds=10):
+def eventually(condition, seconds=LONG):
     """Return whether ``condition()`` comes true; for what ends by itself, in its own time."""
     end = time.monotonic() + seconds
     while not condition():

@@ -94,6 +94,8 @@ def test_workers_see_equal_values_and_the_next_call_moves_nothing(name, hybrid, 
 )
 def test_scattered_values_move_once_whoever_brings_them(name, hybrid, tmp_path):
     value, equal = SAMPLES[name](tmp_path), SAMPLES[name](tmp_path)
+    # Another tier placed the same, and a thread of it may still be on its way out.
+    assert eventually(lambda: not default_store().residents, LONG)
     with hybrid(scatter=[value]):
         for turn, brought in enumerate([value, equal, value]):
             for got in Parallel()(delayed(give)(brought, i) for i in range(2)):
@@ -307,7 +309,7 @@ def test_nothing_is_left_after_an_exception(hybrid):
         Parallel()(delayed(total)(x, wrong=i) for i in range(4))
     del x
     # The traceback is a cycle with the call, which the garbage collector ends.
-    assert eventually(lambda: (gc.collect(), set(resident_files()) <= before)[1], 3)
+    assert eventually(lambda: set(resident_files()) <= before, LONG)
 
 
 def test_without_a_context_a_resident_lives_as_long_as_its_owner():
@@ -495,4 +497,5 @@ def test_descriptors_do_not_grow_with_what_is_placed_and_gone(processes):
         before = process.num_fds()
         for i in range(20):
             parallel(delayed(total)(np.full(LARGE, float(i + j))) for j in range(2))
-        assert process.num_fds() <= before + 1
+        # Dask's client and scheduler, in this process too, open a connection now and then; 40 files were placed.
+        assert eventually(lambda: process.num_fds() <= before + 8, LONG)

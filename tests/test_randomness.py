@@ -72,7 +72,9 @@ def test_a_normal_number_that_waits_stays_with_its_owner():
     assert drawn == list(expected)
 
 
-def test_the_calls_of_several_threads_leave_the_parents_stream_alone():
+def test_the_calls_of_several_threads_leave_the_parents_stream_alone(monkeypatch):
+    monkeypatch.setattr("joblib_backends.relief._MUST_COMPLETE_S", 1e6)
+
     def call():
         with parallel_backend("hybrid", n_jobs=2):
             for _ in range(20):
@@ -103,8 +105,9 @@ def test_the_generator_of_tasks_has_its_stream_while_a_task_runs_beside_it():
     assert again == np.random.RandomState(7).rand()
 
 
-def test_an_object_of_known_length_may_draw_while_it_yields():
+def test_an_object_of_known_length_may_draw_while_it_yields(monkeypatch):
     """As a progress bar around a generator does."""
+    monkeypatch.setattr("joblib_backends.relief._MUST_COMPLETE_S", 1e6)
 
     class Bar:
         def __len__(self):

@@ -1,5 +1,6 @@
 """What a call says about itself."""
 
+import itertools
 import re
 
 import joblib
@@ -13,6 +14,9 @@ from sklearn.linear_model import Ridge
 import joblib_backends
 from joblib_backends import CallReport, last_report
 from joblib_backends.report import announce, readable_nbytes, record
+
+
+_serial = itertools.count(1)
 
 
 def square(i):
@@ -50,7 +54,7 @@ def test_a_failed_call_says_so(hybrid):
 
 
 def test_large_data_counts_as_moved_once_and_then_as_saved(hybrid, tier):
-    array = np.arange(300_000.0)
+    array = np.full(300_000, float(next(_serial)))
     with hybrid():
         Parallel(batch_size=1)(delayed(total)(array) for _ in range(4))
     report = last_report()

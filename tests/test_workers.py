@@ -176,9 +176,10 @@ def test_the_search_for_packages_never_raises_and_ends():
     endless.append(endless)
     assert isinstance(preload.packages_of([(abs, (Hostile(), endless), {})]), frozenset)
     assert preload.packages_of(None) == frozenset()
-    begin = time.perf_counter()
-    preload.packages_of([(abs, ([object() for _ in range(100_000)],), {})])
-    assert time.perf_counter() - begin < 0.5
+    many = [object() for _ in range(100_000)]
+    begin = time.thread_time()
+    preload.packages_of([(abs, (many,), {})])
+    assert time.thread_time() - begin < 0.5
 
 
 # ---- frames
@@ -368,7 +369,8 @@ def test_a_worker_that_dies_fails_its_batch_by_name_and_no_other(how, words, cal
 
 def test_a_prefetched_batch_that_never_started_runs_elsewhere(pool, tmp_path):
     call = pool.join(1)
-    results(call.submit(abs, -1) for _ in range(5))  # so short that the next one is sent ahead
+    results(call.submit(abs, -1) for _ in range(5))
+    call.queue._mean_s = 0.0  # so short that the next one is sent ahead, however busy the machine was
     first = call.submit(hold, str(tmp_path), "first")
     second = call.submit(identity, "second")
     assert eventually(lambda: started(tmp_path) and pool._roster.members[0].prefetched is not None, LONG)
@@ -448,6 +450,8 @@ def test_no_more_batches_of_a_call_run_than_its_jobs(n_jobs, pool, tmp_path):
 
 
 def test_calls_are_served_in_turn(pool, tmp_path):
+    # One worker, which the two calls share: a second would still be importing.
+    WorkerPool.close_all()
     calls = [pool.join(1), pool.join(1)]
     order = []
     futures = [calls[0].submit(hold, str(tmp_path), 0)]
@@ -531,8 +535,8 @@ def test_idle_workers_end_and_the_server_with_the_last():
     pool = WorkerPool.get(b"", 0.3)
     call = pool.join(2)
     assert results(call.submit(pid) for _ in range(4))
-    assert eventually(lambda: len(own_processes()) == before)
-    assert eventually(lambda: pool._collector is None)
+    assert eventually(lambda: len(own_processes()) <= before, LONG)
+    assert eventually(lambda: pool._collector is None, LONG)
     assert call.submit(abs, -1).result(LONG) == 1
     call.leave()
     WorkerPool.get(b"", 300.0)
