@@ -1,7 +1,13 @@
-"""The report of the `auto` suite as Markdown, drawn from its JSON document."""
+"""The report of the `auto` suite as Markdown, drawn from its JSON document.
+
+Usage: ``python benchmarks/table.py benchmarks/results/NAME.json`` prints the two tables of the README again.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from compare import COLD, PEERS, WARM, Row, Verdict, rows_of, verdicts
@@ -46,6 +52,22 @@ def times_table(rows: list[Row], when: str) -> str:
     """Return the times of all rows and hybrid's ratios."""
     head = ("workload", *ALL_ROWS, "hybrid / best peer", "hybrid / loky")
     return markdown_table(head, [_times(row, when) for row in rows])
+
+
+def summary_table(rows: list[Row]) -> str:
+    """Return hybrid beside the plain loop and the best peer, warm and cold: the table of the README."""
+    head = ("workload", "best peer", "its time", "hybrid", "ratio", "cold: best peer", "its time", "hybrid", "ratio")
+    return markdown_table(head, [(_name(row), *_beside_best(row, WARM), *_beside_best(row, COLD)) for row in rows])
+
+
+def _beside_best(row: Row, when: str) -> tuple[str, str, str, str]:
+    best, ours = row.best_peer(when), row.seconds(HYBRID, when)
+    return (
+        best[0] if best else "",
+        seconds(best[1]) if best else "",
+        "✗" if ours is None else seconds(ours),
+        _number(row.against_best(when)),
+    )
 
 
 def _times(row: Row, when: str) -> tuple[str, ...]:
@@ -121,3 +143,8 @@ def _failures(rows: list[Row]) -> list[str]:
         for name, result in row.measured["rows"].items()
         if result["error"]
     ]
+
+
+if __name__ == "__main__":
+    saved = json.loads(Path(sys.argv[1]).read_text())
+    print(goals_table(verdicts(saved)), summary_table(rows_of(saved)), sep="\n\n")
