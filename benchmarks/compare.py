@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from rows import HYBRID, PLAIN
@@ -44,6 +45,11 @@ class Row:
         """Return hybrid's time divided by that of the fastest peer."""
         best = self.best_peer(when)
         return _ratio(self.seconds(HYBRID, when), best[1] if best else None)
+
+    def beside_best(self, row: str, when: str) -> float | None:
+        """Return the time of ``row`` divided by that of the fastest peer, itself if it is that."""
+        best = self.best_peer(when)
+        return _ratio(self.seconds(row, when), best[1] if best else None)
 
     def against(self, peer: str, when: str) -> float | None:
         """Return hybrid's time divided by that of ``peer``."""
@@ -122,7 +128,10 @@ def _mean(rows: list[Row], than: str, when: str, limit: float, ratio: Callable[[
 
 
 def _planning_cost(rows: list[Row]) -> tuple[float, str] | None:
-    """Return the most microseconds per batch that hybrid's reports give for planning, if they do."""
+    """Return the most microseconds per batch that hybrid's reports give for planning, if they do.
+
+    Of each workload the median of its calls: a garbage collection that happens to run meanwhile is not planning.
+    """
 
     def cost(row: Row) -> float | None:
         reports = row.measured["rows"].get(HYBRID, {}).get("reports", ())
@@ -131,7 +140,7 @@ def _planning_cost(rows: list[Row]) -> tuple[float, str] | None:
             for report in reports
             if isinstance(report.get("planning_seconds"), float) and report.get("batches")
         ]
-        return max(costs, default=None)
+        return median(costs) if costs else None
 
     return worst(rows, cost)
 

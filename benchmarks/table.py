@@ -1,6 +1,6 @@
 """The report of the `auto` suite as Markdown, drawn from its JSON document.
 
-Usage: ``python benchmarks/table.py benchmarks/results/NAME.json`` prints the two tables of the README again.
+Usage: ``python benchmarks/table.py benchmarks/results/NAME.json`` prints the tables of the README again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compare import COLD, PEERS, WARM, Row, Verdict, rows_of, verdicts
+from compare import COLD, PEERS, WARM, Row, Verdict, geometric_mean, rows_of, verdicts
 from layout import markdown_table, seconds
 from machine import load_warning, machine_line
 from rows import HYBRID
@@ -37,6 +37,8 @@ def auto_report(name: str, document: dict[str, Any]) -> str:
         times_table(rows, WARM),
         "### Cold: entering the context and the first call",
         times_table(rows, COLD),
+        "### One choice for all code: time / best peer",
+        choices_by_hand_table(rows),
         "### Goals",
         goals_table(verdicts(document)),
         "### What hybrid chose",
@@ -58,6 +60,17 @@ def summary_table(rows: list[Row]) -> str:
     """Return hybrid beside the plain loop and the best peer, warm and cold: the table of the README."""
     head = ("workload", "best peer", "its time", "hybrid", "ratio", "cold: best peer", "its time", "hybrid", "ratio")
     return markdown_table(head, [(_name(row), *_beside_best(row, WARM), *_beside_best(row, COLD)) for row in rows])
+
+
+def choices_by_hand_table(rows: list[Row]) -> str:
+    """Return what each choice costs who makes it for all code, against the best peer of each workload."""
+    head = ("always", "warm: geometric mean", "worst", "cold: geometric mean", "worst")
+    return markdown_table(head, [(name, *_regret(rows, name, WARM), *_regret(rows, name, COLD)) for name in ALL_ROWS])
+
+
+def _regret(rows: list[Row], name: str, when: str) -> tuple[str, str]:
+    ratios = [ratio for row in rows if (ratio := row.beside_best(name, when)) is not None]
+    return _number(geometric_mean(ratios)), _number(max(ratios, default=None))
 
 
 def _beside_best(row: Row, when: str) -> tuple[str, str, str, str]:
@@ -147,4 +160,5 @@ def _failures(rows: list[Row]) -> list[str]:
 
 if __name__ == "__main__":
     saved = json.loads(Path(sys.argv[1]).read_text())
-    print(goals_table(verdicts(saved)), summary_table(rows_of(saved)), sep="\n\n")
+    tables = (choices_by_hand_table(rows_of(saved)), goals_table(verdicts(saved)), summary_table(rows_of(saved)))
+    print(*tables, sep="\n\n")

@@ -15,7 +15,6 @@ import joblib_backends
 from joblib_backends import CallReport, last_report
 from joblib_backends.report import announce, readable_nbytes, record
 
-
 _serial = itertools.count(1)
 
 
