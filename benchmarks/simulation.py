@@ -125,8 +125,9 @@ class _Call:
             pass
         self._caller_came = True
         while self._n_pending:
-            self._feed()
+            # As in the scheduler: what has ended is completed before the caller runs another batch itself.
             if not self._complete_one():
+                self._feed()
                 self._pass_time()
         return Replayed(self._machine.now, dict(self._counts), self._planner.experience())
 
