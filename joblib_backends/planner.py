@@ -230,8 +230,8 @@ class CallPlanner:
         """Return whether the calling thread is in a task that uses the cores by itself, or that may be about to.
 
         Its threads wait for each other again and again, and wait long for one that others keep from its core: with a
-        second fold beside it the first of a boosting on two cores took up to four times as long. What begins with one thread
-        and goes on with many is seen after a while only.
+        second fold beside it the first of a boosting on two cores took up to four times as long. What begins with one
+        thread and goes on with many is seen after a while only.
         """
         if self.plan.tier != "inline" or not progress.running_s:
             return False
