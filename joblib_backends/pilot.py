@@ -8,7 +8,6 @@ Thread-safe. The lock is held while the planner thinks, some 10 µs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -297,8 +296,10 @@ class Pilot:
             items, self._items = self._items, None
             # Aside, because what starts them may have to be imported first, 20 ms.
             start = functools.partial(_start_workers, self._config, self._facts.n_jobs, items)
-            with contextlib.suppress(RuntimeError):  # no thread can be started now: the call goes on without them
+            try:
                 Crew.shared().run(start)
+            except RuntimeError as error:
+                _log.debug("No thread can be started now, and the call goes on without workers: %s", error)
 
     def _readiness(self) -> Readiness:
         threads_s = seconds_to_limit() if self._limits_threads else 0.0

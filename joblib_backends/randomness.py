@@ -15,7 +15,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 __all__ = ["task_randomness"]
@@ -140,28 +140,25 @@ class TaskRandomness:
         self._streams: list[_Stream] = [_PythonStream()]
         self._knows_numpy = False
 
-    @contextmanager
-    def separate(self) -> Iterator[None]:
+    def separate(self) -> AbstractContextManager[None]:
         """Let what runs inside the block draw from the tasks' streams, and leave the parent's as they are."""
-        token = object()
-        try:
-            self._change(self._inside.add, token)
-            yield
-        finally:
-            self._change(self._inside.discard, token)
+        return self._counted_among(self._inside)
 
-    @contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self) -> AbstractContextManager[None]:
         """Let what runs inside the block draw from the parent's streams, though a task runs in another thread.
 
         For the user's generator of tasks. What the task draws or seeds meanwhile, it draws and seeds there too.
         """
+        return self._counted_among(self._outside)
+
+    @contextmanager
+    def _counted_among(self, group: set[object]) -> Iterator[None]:
         token = object()
         try:
-            self._change(self._outside.add, token)
+            self._change(group.add, token)
             yield
         finally:
-            self._change(self._outside.discard, token)
+            self._change(group.discard, token)
 
     def _change(self, change: Callable[[object], object], token: object) -> None:
         """Note who is where, and put the streams in place that belong there now."""
