@@ -83,6 +83,13 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         Seconds to wait for a Dask scheduler and its first worker.
     idle_worker_timeout : float, default=300.0
         Seconds after which an idle process worker ends.
+    share_fits : bool, default=True
+        Whether the common first steps of pipelines are fitted once for all candidates of a search (GridSearchCV and
+        others that use scikit-learn's own function to fit and score), with the same results. A step with
+        ``random_state=None`` is then drawn once, as with a pipeline's ``memory=``.
+    share_fits_nbytes : int or str, optional
+        Bytes that results of such steps may take at a time, as files in shared memory. By default a tenth of the
+        machine's memory.
     temp_folder, max_nbytes, mmap_mode
         As in :class:`joblib.Parallel`, which passes its own with every call. With the default mode "r" (and "c")
         each task sees a private, writable copy-on-write view; "r+" and "w+" share one writable copy among the
@@ -288,6 +295,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             return_as=parallel.return_as,
             more_to_come=functools.partial(_more_to_come, self._parallel_ref),
             is_lazy=functools.partial(_is_lazy, self._parallel_ref),
+            take_more=functools.partial(_take_more, self._parallel_ref),
         )
 
     def _widen_pre_dispatch(self) -> None:
@@ -357,6 +365,15 @@ def _more_to_come(parallel_ref: Callable[[], Any], caller_came: bool) -> bool:
     return not caller_came or bool(parallel.n_dispatched_tasks >= parallel._pre_dispatch_amount)
 
 
+def _take_more(parallel_ref: Callable[[], Any]) -> bool:
+    """Take the next tasks of the input ahead of joblib's ``pre_dispatch``; return whether there may be more."""
+    parallel = parallel_ref()
+    if parallel is None or parallel._aborting or parallel._original_iterator is None:
+        return False
+    parallel.dispatch_next()
+    return parallel._original_iterator is not None
+
+
 def _is_lazy(parallel_ref: Callable[[], Any]) -> bool:
     """Return whether to take a task from the input runs code of the user; to take one from a list does not."""
     return not isinstance(getattr(parallel_ref(), "_original_iterator", None), _PLAIN_ITERATORS)
@@ -423,16 +440,17 @@ def _with_known_tier(config: Config, source: str) -> Config:
 
 
 def _in_bytes(options: dict[str, Any]) -> dict[str, Any]:
-    """Return ``options`` with a ``max_nbytes`` like "10M" as a number, as joblib does."""
-    size = options.get("max_nbytes")
-    if not isinstance(size, str):
-        return options
-    try:
-        return {**options, "max_nbytes": memstr_to_bytes(size)}
-    except (ValueError, KeyError, IndexError) as error:
-        raise ConfigurationError(
-            f"max_nbytes is {size!r}, but must be None, a number of bytes of at least 0, or a size such as '10M'."
-        ) from error
+    """Return ``options`` with sizes like "10M" as numbers, as joblib does."""
+    sizes = {name: options[name] for name in ("max_nbytes", "share_fits_nbytes") if isinstance(options.get(name), str)}
+    in_bytes = {}
+    for name, size in sizes.items():
+        try:
+            in_bytes[name] = memstr_to_bytes(size)
+        except (ValueError, KeyError, IndexError) as error:
+            raise ConfigurationError(
+                f"{name} is {size!r}, but must be None, a number of bytes of at least 0, or a size such as '10M'."
+            ) from error
+    return {**options, **in_bytes} if sizes else options
 
 
 def _check_sharedmem(config: Config, require: str | None, options: dict[str, Any]) -> None:

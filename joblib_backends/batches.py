@@ -8,16 +8,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 from .data.codec import Payload
+from .prefixes import Ledger, Prefixes
 from .router import Nested
 from .rules import Plan
 from .tiers import Tier
 
 __all__ = ["Batch", "BatchFuture", "BatchQueue", "Callback"]
+
+#: Batches at the head of the queue among which the best to start next is chosen: they are sorted by prefix.
+_CHOICE: Final = 256
 
 Callback = Callable[["BatchFuture"], object]
 
@@ -36,11 +40,19 @@ class BatchFuture(Future[list[Any]]):
 class Batch:
     """A batch until it is done."""
 
-    __slots__ = ("function", "future", "is_mixed", "n_together", "nested", "payload", "plan", "started", "tier")
+    __slots__ = (
+        "function", "future", "is_mixed", "n_together", "nested", "payload", "plan", "prefixes", "runs", "started",
+        "steps", "tier",
+    )  # fmt: skip
 
     def __init__(self, future: BatchFuture, function: Callable[[], Any], nested: Nested) -> None:
         self.future = future
         self.function = function
+        # What a worker is given to run: the same, or the same with what it shares with others.
+        self.runs = function
+        # Of each task the steps that others may have too; and their identities.
+        self.steps: Sequence[Any] = ()
+        self.prefixes: Prefixes = ()
         self.nested = nested
         # Where it is to run, and why; and what it is for a tier that shares no memory.
         self.tier: Tier | None = None
@@ -76,6 +88,8 @@ class BatchQueue:
         self._n_running_on: Counter[Tier | None] = Counter()
         self._busy_s = self._busy_since = self._last_mixed = 0.0
         self._is_closed = False
+        #: What the batches have in common, where they share it: then it decides which is next.
+        self.ledger: Ledger | None = None
 
     def __repr__(self) -> str:
         return f"<BatchQueue {self}>"
@@ -128,6 +142,8 @@ class BatchQueue:
                 return None
             batch = self._waiting.popleft()
             batch.started = time.perf_counter()
+            if self.ledger is not None:
+                self.ledger.start(batch.prefixes)
             if not self._running:
                 self._busy_since = batch.started
             self._running.add(batch)
@@ -137,6 +153,8 @@ class BatchQueue:
     def _has_next(self, in_caller: bool, looks_ahead: bool) -> bool:
         if not self._waiting:
             return False
+        if self.ledger is not None and len(self._waiting) > 1:
+            self._bring_best_forward(self.ledger)
         tier = self._waiting[0].tier
         assert tier is not None
         if tier.runs_in_caller != in_caller:
@@ -144,6 +162,14 @@ class BatchQueue:
         if not looks_ahead or (self._as_completed and tier.binds_early) or self._runs_elsewhere(tier):
             return len(self._running) < self._n_jobs
         return len(self._running) < self._n_jobs + tier.look_ahead
+
+    def _bring_best_forward(self, ledger: Ledger) -> None:
+        n_looked_at = min(len(self._waiting), _CHOICE)
+        best = min(range(n_looked_at), key=lambda index: ledger.rank(self._waiting[index].prefixes))
+        if best:
+            batch = self._waiting[best]
+            del self._waiting[best]
+            self._waiting.appendleft(batch)
 
     def _runs_elsewhere(self, tier: Tier | None) -> bool:
         # A tier keeps its own batches to n_jobs; what is handed over ahead while others run elsewhere would exceed it.
@@ -154,6 +180,8 @@ class BatchQueue:
         with self._lock:
             self._leave(batch)
             batch.started = 0.0
+            if self.ledger is not None:
+                self.ledger.put_back(batch.prefixes)
             if not self._is_closed:
                 self._waiting.appendleft(batch)
 

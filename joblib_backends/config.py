@@ -28,6 +28,10 @@ __all__ = [
 
 PREFIX: Final = "JOBLIB_BACKEND"
 
+#: How a variable says yes and no.
+_YES: Final = frozenset({"1", "true", "yes", "on"})
+_NO: Final = frozenset({"0", "false", "no", "off"})
+
 #: Variables that fix the threads of a numerical library. A user who sets one has decided: we do not overrule.
 _THREAD_VARIABLES: Final = {
     "openmp": ("OMP_NUM_THREADS",),
@@ -39,7 +43,7 @@ _THREAD_VARIABLES: Final = {
 class Config:
     """Parameters of one backend, or of one call of it.
 
-    Every field up to ``idle_worker_timeout`` is a keyword of :class:`joblib_backends.HybridBackend`;
+    Every field up to ``share_fits_nbytes`` is a keyword of :class:`joblib_backends.HybridBackend`;
     the last group arrives from :class:`joblib.Parallel` with each call.
     """
 
@@ -56,6 +60,12 @@ class Config:
 
     #: Seconds after which an idle process worker ends; joblib's loky backend uses the same.
     idle_worker_timeout: float = 300.0
+
+    #: Whether the common pipeline steps of a search's candidates are fitted once.
+    share_fits: bool = True
+
+    #: Bytes that the results of such steps may take at a time; None is a tenth of the machine's memory.
+    share_fits_nbytes: int | None = None
 
     #: Bytes from which a buffer leaves the pickle and is placed once; None never does. joblib's default.
     max_nbytes: int | None = 1_048_576
@@ -172,6 +182,12 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in {*_YES, *_NO}:
+        raise ValueError(text)
+    return text.lower() in _YES
+
+
 #: Parameters that a text can express, with the way to read it and the words for what is allowed.
 _READERS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "tier": (str, "the name of a tier"),
@@ -179,6 +195,8 @@ _READERS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "inner_max_num_threads": (_whole_number, "a whole number of at least 1"),
     "wait_for_workers": (float, "a number of seconds"),
     "idle_worker_timeout": (float, "a number of seconds"),
+    "share_fits": (_yes_or_no, "1 or 0"),
+    "share_fits_nbytes": (_whole_number, "a number of bytes"),
 }
 _NOT_PARAMETERS: Final = frozenset({"N_JOBS", "PROFILE", "QUIET"})
 _CALL_FIELDS: Final = frozenset({"cores"})
@@ -291,6 +309,14 @@ def _check_placing(config: Config) -> None:
     if nbytes is not None and not (is_number and nbytes >= 0):
         raise ConfigurationError(
             f"max_nbytes is {nbytes!r}, but must be None, a number of bytes of at least 0, or a size such as '10M'."
+        )
+    if not isinstance(config.share_fits, bool):
+        raise ConfigurationError(f"share_fits is {config.share_fits!r}, but must be True or False.")
+    limit = config.share_fits_nbytes
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+        raise ConfigurationError(
+            f"share_fits_nbytes is {limit!r}, but must be None, a number of bytes of at least 0, or a size such as "
+            "'500M'."
         )
     if folder is not None and not isinstance(folder, str | os.PathLike):
         raise ConfigurationError(f"temp_folder is {folder!r}, but must be None or the path of a folder.")

@@ -42,6 +42,15 @@ class CallReport:
         or had nothing to decide.
     planning_seconds : float
         Seconds of CPU time spent on deciding all that.
+    fits_run, fits_shared : int
+        Of the pipeline steps that several tasks of the call have in common: how often one was fitted, and how often
+        that was not necessary. 0 where nothing was in common.
+    transforms_run, transforms_shared : int
+        The same of transforming test data, and training data where it is scored.
+    seconds_saved : float
+        Seconds that what was shared took when it ran, less what it took to pass it on; those of folds included.
+    nbytes_shared : int
+        The most bytes that were held for it at a time.
     """
 
     function: str
@@ -58,15 +67,29 @@ class CallReport:
     failed: bool
     predicted_seconds: float | None = None
     planning_seconds: float = 0.0
+    fits_run: int = 0
+    fits_shared: int = 0
+    transforms_run: int = 0
+    transforms_shared: int = 0
+    seconds_saved: float = 0.0
+    nbytes_shared: int = 0
 
     def __str__(self) -> str:
         outcome = "failed after" if self.failed else "done in"
         moved, saved = readable_nbytes(self.nbytes_moved), readable_nbytes(self.nbytes_saved)
-        return (
+        text = (
             f"{self.function}: {self.tasks} tasks in {self.batches} batches {outcome} {self.seconds:.3f} s\n"
             f"  tier   {self.tier}, n_jobs={self.n_jobs}\n"
             f"  reason {self.reason}\n"
             f"  bytes  {moved} moved, {saved} not moved again, {readable_nbytes(self.nbytes_pickled)} pickled"
+        )
+        if not self.fits_run + self.fits_shared:
+            return text
+        n_fits, n_transforms = self.fits_run + self.fits_shared, self.transforms_run + self.transforms_shared
+        return (
+            f"{text}\n"
+            f"  shared {self.fits_shared} of {n_fits} fits and {self.transforms_shared} of {n_transforms} transforms "
+            f"of common steps, {self.seconds_saved:.3f} s saved, at most {readable_nbytes(self.nbytes_shared)} held"
         )
 
 

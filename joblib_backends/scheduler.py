@@ -19,7 +19,8 @@ a thread of the crew is it. Where the caller itself runs batches and one of them
 in (``relief.py``).
 
 Batches start when there is one for each job, or when the caller comes to wait for results: until then it is not known
-among how many the cores are to be shared.
+among how many the cores are to be shared. A search whose candidates have steps in common starts when all of it is
+known, or what can be had of it in a moment: then tasks that need the same run one after the other (``sharing.py``).
 
 Invariants, each tested:
 
@@ -32,6 +33,7 @@ Invariants, each tested:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import queue
 import threading
@@ -51,6 +53,7 @@ from .randomness import task_randomness
 from .relief import Relief
 from .report import CallReport, Tally
 from .router import Nested, Router
+from .sharing import SharedFits
 from .tiers import Tier, Work
 from .worker import Outcome, task_names
 
@@ -63,6 +66,10 @@ _LOOK_INTERVAL_S: Final = 0.010
 
 #: Seconds for which the first batches are held back at most, while the user's generator yields.
 _HOLD_S: Final = 0.002
+
+#: Seconds, and tasks, that are spent at most on taking the tasks of a search from its generator before any starts.
+_GATHER_S: Final = 0.25
+_GATHER_TASKS: Final = 20_000
 
 GetOutcome = Callable[[], Outcome]
 
@@ -88,6 +95,8 @@ class Call:
         Called with whether the caller has come for results; returns whether the user's generator may still yield.
     is_lazy : callable, optional
         Returns whether to take a task from the input runs code of the user, which may draw random numbers.
+    take_more : callable, optional
+        Takes the next tasks from the input now, and returns whether there may be more.
 
     Notes
     -----
@@ -107,6 +116,7 @@ class Call:
         return_as: Literal["list", "generator", "generator_unordered"] = "list",
         more_to_come: Callable[[bool], bool] = lambda came: not came,
         is_lazy: Callable[[], bool] = lambda: True,
+        take_more: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
         self._n_jobs = n_jobs
@@ -116,6 +126,7 @@ class Call:
         self._pilot = pilot
         self._more_to_come = more_to_come
         self._is_lazy = is_lazy
+        self._take_more = take_more
         self._tally = Tally(n_jobs)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
@@ -126,6 +137,10 @@ class Call:
         self._unfinished: set[BatchFuture] = set()
         self._n_pending_tasks = 0
         self._first_submit = 0.0
+        self._is_met = False
+        self._sharing: SharedFits | None = None
+        # Batches of a search, until all of it is known.
+        self._gathered: list[Batch] = []
         # The batch that the caller runs.
         self._in_caller: Batch | None = None
         self._is_held = self._caller_completes
@@ -154,7 +169,12 @@ class Call:
             self._unfinished.add(future)
             self._n_pending_tasks += future.size
         try:
-            self._pilot.meet(function, self._n_pending_tasks)
+            self._meet(batch)
+            if self._sharing is not None and self._is_held:
+                self._gathered.append(batch)
+                self._end_if_call_failed(future)
+                return future
+            self._share(batch)
             self._make_ready(batch)
         except BaseException as error:
             self._enqueue(batch, functools.partial(Outcome, None, error))
@@ -167,6 +187,21 @@ class Call:
             self._wait_for_turn(batch)
         self._end_if_call_failed(future)
         return future
+
+    def _meet(self, batch: Batch) -> None:
+        """Find out what the call is, by its first batch, and what this one has in common with others."""
+        self._pilot.meet(batch.function, self._n_pending_tasks)
+        if not self._is_met:
+            self._is_met = True
+            self._sharing = SharedFits.of_call(self._config, batch.function)
+            self._queue.ledger = None if self._sharing is None else self._sharing.ledger
+        if self._sharing is not None:
+            batch.steps = self._sharing.add(batch.function)
+            batch.prefixes = self._sharing.prefixes_of(batch.steps)
+
+    def _share(self, batch: Batch) -> None:
+        if self._sharing is not None:
+            batch.runs = self._sharing.wrap(batch.function, batch.steps)
 
     def _wait_for_turn(self, batch: Batch) -> None:
         self._queue.put(batch)
@@ -198,7 +233,7 @@ class Call:
         tier = self._router.open(plan.tier)
         payload = batch.payload
         if payload is None and not tier.shares_memory:
-            payload = self._router.encode(tier, batch.function, batch.nested)
+            payload = self._router.encode(tier, batch.runs, batch.nested)
         self._queue.place(batch, tier, plan, payload)
 
     def _release_if_due(self) -> None:
@@ -209,8 +244,32 @@ class Call:
             self._release()
 
     def _release(self) -> None:
+        gathered = self._gather() if self._sharing is not None else []
         self._is_held = False
+        for batch in gathered:
+            try:
+                self._share(batch)
+                self._make_ready(batch)
+            except BaseException as error:
+                self._enqueue(batch, functools.partial(Outcome, None, error))
+                continue
+            self._queue.put(batch)
+            if len(self._queue) >= self._n_jobs:
+                self._feed()
         self._feed()
+
+    def _gather(self) -> list[Batch]:
+        """Take the tasks of a search from its generator; return its batches, those side by side that share most."""
+        sharing = self._sharing
+        assert sharing is not None
+        end = time.monotonic() + _GATHER_S
+        has_more = self._take_more()
+        while has_more and time.monotonic() < end and self._n_pending_tasks < _GATHER_TASKS:
+            has_more = self._take_more()
+        if not has_more:
+            sharing.all_are_known()
+        gathered, self._gathered = self._gathered, []
+        return sorted(gathered, key=lambda batch: sharing.ledger.order(batch.prefixes))
 
     def _end_if_call_failed(self, future: BatchFuture) -> None:
         with self._lock:
@@ -284,12 +343,15 @@ class Call:
                 self._completions.put(None)
             finally:
                 self._router.close()
+                if self._sharing is not None:
+                    self._sharing.close()
             # Only now: Ctrl-C before leaves all of it, which may be done twice, to the next ``end``.
             self._ended = True
             self._tally.explain(self._pilot.end(failed=failed))
-        return self._tally.report(
+        report = self._tally.report(
             failed=failed, predicted_seconds=self._pilot.predicted_s, planning_seconds=self._pilot.planning_s
         )
+        return report if self._sharing is None else dataclasses.replace(report, **self._sharing.figures())
 
     # ---- called in the thread that wants a result
 
@@ -378,7 +440,7 @@ class Call:
         name = task_names(batch.function)
         if batch.plan is not None:
             self._tally.add_start(batch.plan.tier, name, batch.plan.reason)
-        return Work(batch.function, name, self._share_of(tier, self._cores_for(batch)), batch.payload)
+        return Work(batch.runs, name, self._share_of(tier, self._cores_for(batch)), batch.payload)
 
     def _share_of(self, tier: Tier, cores: int) -> Share:
         # Kept: to look into the environment for each batch takes 8 µs.
@@ -514,7 +576,8 @@ class Call:
         if is_wanted and outcome.error is not None:
             self._fail(outcome.error, future)
         elif is_wanted:
-            self._deliver(future, outcome.results or [])
+            results = outcome.results or []
+            self._deliver(future, results if self._sharing is None else self._sharing.finish(batch.steps, results))
             self._replan()
 
     def _deliver(self, future: BatchFuture, results: list[Any]) -> None:

@@ -41,7 +41,9 @@ def reduce_array(array: Array, is_resident: Callable[[int, int], bool]) -> Any:
     span = _memory_between(array, low, high) if high - low <= _MAX_SPAN * array.nbytes else None
     if span is not None and is_resident(low, high):
         return _strided, (span, array.dtype, array.shape, array.strides, address_of(array) - low)
-    return _same, (np.ascontiguousarray(array),)
+    # The order of the axes stays: numerical libraries may add up in another order along another axis.
+    copied = array.copy(order="K")
+    return _same, (copied if copied.flags.forc else np.ascontiguousarray(copied),)
 
 
 def as_memmap_reference(array: Array) -> Any:

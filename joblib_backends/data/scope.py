@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from .store import Resident, Store
 
-__all__ = ["ResidentScope"]
+__all__ = ["ResidentScope", "memory_nbytes"]
 
 #: Share of the machine's memory that residents without a living owner may keep, least recently used first out.
 _IDLE_FRACTION: Final = 0.1
@@ -41,7 +41,7 @@ class ResidentScope:
     def __init__(self, store: Store, *, outlives_calls: bool, idle_nbytes: int | None = None) -> None:
         self.store = store
         self.outlives_calls = outlives_calls
-        self._allowance = _memory_nbytes() * _IDLE_FRACTION if idle_nbytes is None else idle_nbytes
+        self._allowance = memory_nbytes() * _IDLE_FRACTION if idle_nbytes is None else idle_nbytes
         self._lock = threading.Lock()
         self._pinned: dict[bytes, Resident] = {}
         self._owned: dict[int, Resident] = {}
@@ -123,7 +123,8 @@ def _can_be_watched(owner: Any) -> bool:
     return True
 
 
-def _memory_nbytes() -> int:
+def memory_nbytes() -> int:
+    """Return the bytes of memory that this machine has."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -36,7 +36,16 @@ try:
 except ImportError:  # Windows has no flock; folders are then removed at exit only
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["BufferRef", "Resident", "Store", "default_store", "digest_of", "map_buffer"]
+__all__ = [
+    "BufferRef",
+    "Resident",
+    "Store",
+    "default_store",
+    "digest_of",
+    "map_buffer",
+    "reserve",
+    "write_all",
+]
 
 _FOLDER_PREFIX: Final = "joblib_backends-"
 _LOCK_NAME: Final = "owner.lock"
@@ -207,6 +216,32 @@ class Store:
         """Drop a region; called by the finalizer of the memory's owner."""
         self._regions.pop(address, None)
 
+    def make_folders(self, folder: str | None = None) -> list[str]:
+        """Make a new folder in each place for files, best first, and return their paths.
+
+        They go with the store, or with a process that was killed; who is done with them earlier deletes them.
+
+        Raises
+        ------
+        StoreError
+            If there is no place at all.
+        """
+        made, problems = [], []
+        for place in _places(folder):
+            try:
+                path = self._next_path(place)
+                path.mkdir(mode=0o700)
+                made.append(str(path))
+            except OSError as error:
+                problems.append(f"{place}: {error.strerror or error}")
+        if not made:
+            raise StoreError(
+                errno.ENOSPC,
+                f"No folder for shared values can be made ({'; '.join(problems)}). "
+                "Give one that can be written as temp_folder.",
+            )
+        return made
+
     def close(self) -> None:
         """Delete every folder of the store; called at exit and by tests."""
         with self._lock:
@@ -231,8 +266,8 @@ class Store:
     def _write_in(self, place: str, buffer: memoryview) -> str:
         path, fd = self._open_new(place)
         try:
-            _reserve(fd, buffer.nbytes)
-            _write_all(fd, buffer)
+            reserve(fd, buffer.nbytes)
+            write_all(fd, buffer)
         except BaseException:
             os.unlink(path)
             raise
@@ -330,12 +365,14 @@ def _places(folder: str | None) -> list[str]:
     return [*shared, tempfile.gettempdir()]
 
 
-def _reserve(fd: int, nbytes: int) -> None:
+def reserve(fd: int, nbytes: int) -> None:
+    """Have the file system set ``nbytes`` aside for an empty file, or raise OSError."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, 0, nbytes)
 
 
-def _write_all(fd: int, buffer: memoryview) -> None:
+def write_all(fd: int, buffer: memoryview) -> None:
+    """Write all of ``buffer`` where the file stands."""
     written = 0
     while written < buffer.nbytes:
         written += os.write(fd, buffer[written:])

@@ -1,0 +1,101 @@
+"""The identity of a value: a hash of its content and types, equal for equal values whoever made them.
+
+Type-strict: 1, 1.0 and True are three values, as are a list and a tuple. Pickle does the walking, without its memo:
+with it, two equal values differ when one of them holds the same object twice. What has no content (a live random
+generator, a lock) has no identity.
+
+Identities are compared within a process only: a function that no module holds is known by its address.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import sys
+from types import FunctionType, ModuleType
+from typing import Any, Final
+
+import numpy as np
+import xxhash
+
+from .arrays import as_memmap_reference
+from .store import digest_of
+
+__all__ = ["NoContentError", "content_of"]
+
+#: Values that change when they are used.
+_GENERATORS: Final = (np.random.RandomState, np.random.Generator, np.random.BitGenerator, random.Random)
+
+#: Containers whose order says nothing.
+_SETS: Final = frozenset({set, frozenset})
+
+
+class NoContentError(Exception):
+    """A value whose content cannot be established. Never reaches the user: such a value is just not shared."""
+
+
+def content_of(value: Any) -> bytes:
+    """Return the identity of ``value``, 16 bytes.
+
+    Objects are known by their class and by what pickle would keep of them, functions and classes by their name where
+    that leads to them and else by their address, so keep the value alive as long as the identity. A user's memmap is
+    known by its file and the time of its last change.
+
+    Raises
+    ------
+    NoContentError
+        If something in it has no content: a live random generator, or what cannot be pickled.
+    """
+    stream = io.BytesIO()
+    pickler = _ContentPickler(stream, protocol=5)
+    # No memo. It is deprecated because it cannot end on cyclic values; here those are an error, as they should be.
+    pickler.fast = True
+    try:
+        pickler.dump(value)
+    except NoContentError:
+        raise
+    except Exception as error:
+        raise NoContentError(f"A {type(value).__name__} has no content to compare: {error}.") from error
+    return xxhash.xxh3_128_digest(stream.getbuffer())
+
+
+class _ContentPickler(pickle.Pickler):
+    """Writes what a value is; nothing reads it back. pickle asks for the persistent id of everything, first."""
+
+    def persistent_id(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _SETS:
+            return kind.__name__, sorted(map(content_of, value))
+        if kind is FunctionType or isinstance(value, type | ModuleType):
+            return _name_of(value)
+        if isinstance(value, np.ndarray):
+            return _identity_of_array(value)
+        if isinstance(value, _GENERATORS):
+            raise NoContentError(f"A {kind.__name__} changes whenever it is used.")
+        return None
+
+
+def _name_of(value: Any) -> tuple[Any, ...]:
+    name = getattr(value, "__qualname__", None)
+    if name is None:
+        return "module", value.__name__
+    found: Any = sys.modules.get(value.__module__)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return "code", value.__module__, name, None if found is value else id(value)
+
+
+def _identity_of_array(array: np.ndarray[Any, Any]) -> Any:
+    """Return what tells an array from others, or None to let pickle look into its objects."""
+    reference = as_memmap_reference(array)
+    if reference is not None and isinstance(reference[1][0], str):
+        # Its file may be larger than memory: not read.
+        return "memmap", os.stat(reference[1][0]).st_mtime_ns, *reference[1]
+    if array.dtype.hasobject or type(array) not in (np.ndarray, np.memmap):
+        return None
+    # What is hashed is the memory of a contiguous array, so the order of the axes is part of the identity.
+    is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+    plain = np.ascontiguousarray(array.T if is_fortran else array)
+    return "array", array.dtype, array.shape, is_fortran, digest_of(plain.reshape(-1).view(np.uint8))

@@ -1,0 +1,78 @@
+"""Warnings of a computation that is done once: noted while it runs, shown again to each who takes what it gave.
+
+Python has one function that shows warnings, for all threads. While anything is noted, ours stands in its place; it
+notes what comes from its thread, and hands everything on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+__all__ = ["Noted", "noting", "show_again"]
+
+
+class Noted(NamedTuple):
+    """A warning that passed the filters, and where it came from."""
+
+    message: Warning
+    category: type[Warning]
+    filename: str
+    lineno: int
+
+
+class _Notes:
+    """What is noted now, by thread. The lock guards who is first and who is last."""
+
+    lock: Final = threading.Lock()
+    of_thread: Final[dict[int, list[Noted]]] = {}
+    shows: Any = None
+
+
+def _show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    notes = _Notes.of_thread.get(threading.get_ident())
+    if notes is not None:
+        notes.append(Noted(message, category, filename, lineno))
+    (_Notes.shows or _standard_show)(message, category, filename, lineno, file, line)
+
+
+#: What Python itself shows warnings with; it is also the one that ``catch_warnings(record=True)`` records through.
+_standard_show: Final = warnings.showwarning
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Noted]]:
+    """Note the warnings of this thread in this block; they are shown all the same.
+
+    Race: another thread that leaves a ``warnings.catch_warnings`` of its own meanwhile puts back what it found, and
+    later warnings are shown, but not noted. (Until Python 3.14 a block in one thread changes the filters of all.)
+    """
+    thread = threading.get_ident()
+    notes: list[Noted] = []
+    with _Notes.lock:
+        outer = _Notes.of_thread.get(thread)
+        _Notes.of_thread[thread] = notes
+        if warnings.showwarning is not _show:
+            _Notes.shows, warnings.showwarning = warnings.showwarning, _show
+    try:
+        yield notes
+    finally:
+        with _Notes.lock:
+            if outer is None:
+                del _Notes.of_thread[thread]
+            else:
+                outer.extend(notes)
+                _Notes.of_thread[thread] = outer
+            if not _Notes.of_thread and warnings.showwarning is _show:
+                warnings.showwarning = _Notes.shows
+                # A thread's own block may put ours back later: then the standard way is right.
+                _Notes.shows = None
+
+
+def show_again(noted: list[Noted]) -> None:
+    """Give each warning again, through the filters as they are now."""
+    for one in noted:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
