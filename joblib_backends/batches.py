@@ -13,9 +13,9 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from .data.codec import Payload
-from .prefixes import Ledger, Prefixes
 from .router import Nested
 from .rules import Plan
+from .sharing.ledger import Ledger, Prefixes
 from .tiers import Tier
 
 __all__ = ["Batch", "BatchFuture", "BatchQueue", "Callback"]

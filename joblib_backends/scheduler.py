@@ -20,7 +20,7 @@ in (``relief.py``).
 
 Batches start when there is one for each job, or when the caller comes to wait for results: until then it is not known
 among how many the cores are to be shared. A search whose candidates have steps in common starts when all of it is
-known, or what can be had of it in a moment: then tasks that need the same run one after the other (``sharing.py``).
+known, or what can be had of it in a moment: then tasks that need the same run one after the other (``sharing/``).
 
 Invariants, each tested:
 
@@ -53,7 +53,7 @@ from .randomness import task_randomness
 from .relief import Relief
 from .report import CallReport, Tally
 from .router import Nested, Router
-from .sharing import SharedFits
+from .sharing.call import SharedFits
 from .tiers import Tier, Work
 from .worker import Outcome, task_names
 
@@ -577,7 +577,7 @@ class Call:
             self._fail(outcome.error, future)
         elif is_wanted:
             results = outcome.results or []
-            self._deliver(future, results if self._sharing is None else self._sharing.finish(batch.steps, results))
+            self._deliver(future, results if self._sharing is None else self._sharing.finish(batch.prefixes, results))
             self._replan()
 
     def _deliver(self, future: BatchFuture, results: list[Any]) -> None:

@@ -1,0 +1,220 @@
+"""What we know of scikit-learn's inside. No other file of ours does.
+
+scikit-learn is imported by who has one of its objects already: nothing here imports it before.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import FunctionType
+from typing import Any, Final
+
+from ..thread_safety import innermost
+
+__all__ = [
+    "CLONE",
+    "OF_CALLBACKS",
+    "TRANSFORM",
+    "arguments_of",
+    "calling_instead",
+    "can_be_shared",
+    "configuration_of",
+    "cut_fold",
+    "cuts_columns",
+    "fit_name",
+    "format_exc_without",
+    "has_callbacks",
+    "is_fit_and_score",
+    "is_plain_pipeline",
+    "parts_of",
+    "transformers_of",
+    "with_globals",
+    "with_parameters",
+]
+
+_MODULE: Final = "sklearn.model_selection._validation"
+_FUNCTION: Final = "_fit_and_score"
+
+#: What that function must name for us to know it: what is put in the place of its own, and what we rely on.
+_NAMES_USED: Final = frozenset({"_safe_split", "format_exc", "set_params", "fit"})
+_PARAMETERS_USED: Final = frozenset(
+    {"estimator", "X", "y", "train", "test", "parameters", "fit_params", "return_estimator"}
+)
+
+#: How a pipeline fits a transformer: by the first of these that it has.
+_FITS: Final = ("fit_transform", "fit")
+TRANSFORM: Final = "transform"
+
+#: What ``clone`` asks an object for.
+CLONE: Final = "__sklearn_clone__"
+
+#: Attributes that a step has only while scikit-learn's callbacks run.
+OF_CALLBACKS: Final = frozenset({"_parent_callback_ctx", "_callback_fit_ctx", "_skl_callbacks_to_teardown"})
+
+
+# ---- the function that fits and scores
+
+
+def is_fit_and_score(callee: Any) -> bool:
+    """Return whether a task calls scikit-learn's function that fits and scores a candidate on a fold.
+
+    It is known by its name, its parameters and the names in its code. One that does not look as expected is not known,
+    and warned of once.
+    """
+    function = innermost(callee)
+    return getattr(function, "__name__", None) == _FUNCTION and _is_known(function)
+
+
+@functools.lru_cache(maxsize=8)
+def _is_known(function: Any) -> bool:
+    if function is not getattr(sys.modules.get(_MODULE), _FUNCTION, None):
+        return False
+    if isinstance(function, FunctionType) and function.__closure__ is None:
+        parameters = set(inspect.signature(function).parameters)
+        if parameters >= _PARAMETERS_USED and set(function.__code__.co_names) >= _NAMES_USED:
+            return True
+    warnings.warn(
+        f"Common pipeline steps of searches are not shared: {_MODULE}.{_FUNCTION} does not look as expected. "
+        "Is scikit-learn newer than this package? Searches run as without sharing; share_fits=False ends this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def arguments_of(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a task by name, defaults included."""
+    bound = inspect.signature(innermost(callee)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def configuration_of(callee: Any) -> Any:
+    """Return scikit-learn's configuration with which a task will run, or None for that of wherever it runs."""
+    return getattr(callee, "config", None)
+
+
+def calling_instead(callee: Any, function: Callable[..., Any]) -> Any:
+    """Return what calls ``function`` as ``callee`` calls scikit-learn's: with its configuration and warning filters."""
+    if getattr(callee, "function", None) is not innermost(callee):
+        return function
+    wrapper = copy.copy(callee)
+    wrapper.function = function
+    return wrapper
+
+
+def with_globals(function: Any, cut: Callable[..., Any], format_exc: Callable[[], str]) -> Any:
+    """Return the function with the same code, which cuts folds and writes tracebacks by functions of ours."""
+    names = {**function.__globals__, "_safe_split": cut, "format_exc": format_exc}
+    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def format_exc_without(files: Collection[str]) -> str:
+    """Return the traceback of the exception that is being handled, without the lines of some files."""
+    error = sys.exc_info()[1]
+    assert error is not None
+    shown = traceback.TracebackException.from_exception(error)
+    waiting: list[Any] = [shown]
+    while waiting:
+        one = waiting.pop()
+        if one is not None:
+            one.stack = traceback.StackSummary.from_list([line for line in one.stack if line.filename not in files])
+            waiting += [one.__cause__, one.__context__]
+    return "".join(shown.format())
+
+
+def cut_fold(estimator: Any, X: Any, y: Any, indices: Any, train_indices: Any) -> tuple[Any, Any]:  # noqa: N803
+    """Return the part of X and y at ``indices``, as the function would."""
+    from sklearn.utils.metaestimators import _safe_split
+
+    part: tuple[Any, Any] = _safe_split(estimator, X, y, indices, train_indices)
+    return part
+
+
+def cuts_columns(estimator: Any) -> bool:
+    """Return whether a fold is a part of the columns too, as that of a precomputed kernel is."""
+    try:
+        from sklearn.utils import get_tags
+    except ImportError:  # scikit-learn 1.5
+        return bool(estimator._get_tags()["pairwise"])
+    return bool(get_tags(estimator).input_tags.pairwise)
+
+
+# ---- pipelines and what is in them
+
+
+def is_plain_pipeline(estimator: Any) -> bool:
+    """Return whether an estimator is a Pipeline that leaves the caching to us. A subclass may do anything."""
+    from sklearn.pipeline import Pipeline
+
+    return type(estimator) is Pipeline and estimator.memory is None and not has_callbacks(estimator)
+
+
+def has_callbacks(estimator: Any) -> bool:
+    """Return whether somebody is to be told of each fit."""
+    return bool(getattr(estimator, "_skl_callbacks", None))
+
+
+def with_parameters(estimator: Any, parameters: Mapping[str, Any] | None) -> Any:
+    """Return an estimator with parameters set, as the function will do it; the given one stays as it is."""
+    if parameters is None:
+        return estimator
+    from sklearn.base import clone
+
+    return clone(estimator).set_params(**clone(parameters, safe=False))
+
+
+def transformers_of(pipeline: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and transformer of the steps before the last, but for those that pass everything through."""
+    for name, transformer in pipeline.steps[:-1]:
+        if not _is_no_transformer(transformer):
+            yield name, transformer
+
+
+def parts_of(transformer: Any) -> tuple[bool, list[tuple[str, Any, list[Any]]]]:
+    """Return what is inside of a container whose data can be followed.
+
+    Returns
+    -------
+    is_chain : bool
+        Whether each part gets what the one before it made; else all get what the container gets.
+    parts : list of (str, transformer, list)
+        The list holds the columns that a part of a ColumnTransformer gets; else it is empty.
+    """
+    from sklearn.compose import ColumnTransformer
+    from sklearn.pipeline import FeatureUnion
+
+    is_chain, parts = False, []
+    if type(transformer) is ColumnTransformer:
+        parts = transformer.transformers
+    elif type(transformer) is FeatureUnion:
+        parts = transformer.transformer_list
+    elif is_plain_pipeline(transformer):
+        is_chain, parts = True, transformer.steps
+    return is_chain, [(name, part, columns) for name, part, *columns in parts if not _is_no_transformer(part)]
+
+
+def _is_no_transformer(step: Any) -> bool:
+    return step is None or isinstance(step, str)  # "passthrough", "drop"
+
+
+def can_be_shared(transformer: Any) -> bool:
+    """Return whether a step keeps its state where we see it, and nobody else caches what it does."""
+    from sklearn.pipeline import Pipeline
+
+    if isinstance(transformer, Pipeline) and transformer.memory is not None:
+        return False
+    return hasattr(transformer, "__dict__") and hasattr(transformer, TRANSFORM) and not has_callbacks(transformer)
+
+
+def fit_name(transformer: Any) -> str:
+    """Return the method by which a pipeline fits a transformer."""
+    return next((name for name in _FITS if hasattr(transformer, name)), _FITS[-1])

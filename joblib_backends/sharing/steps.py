@@ -1,0 +1,115 @@
+"""Which transformers a candidate has, and the identity of what each of them makes of the data of a fold."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import xxhash
+
+from ..data.content import NoContentError, content_of
+from .ledger import Prefixes
+from .sklearn_inside import can_be_shared, cuts_columns, is_plain_pipeline, parts_of, transformers_of
+
+__all__ = ["Step", "TaskSteps", "all_steps", "derived", "steps_of"]
+
+
+class Step(NamedTuple):
+    """A transformer of a candidate, before it is fitted."""
+
+    path: str
+    #: What it is, class and attributes; None if that cannot be established.
+    token: bytes | None
+    #: The columns that it gets of what its ColumnTransformer gets; None where it gets all of it.
+    columns: bytes | None
+    inner: tuple[Step, ...]
+    #: Whether each inner step gets what the one before it made, and not all the same.
+    is_chain: bool
+
+
+def derived(*parts: str | bytes) -> str:
+    """Return the identity of what follows from ``parts``."""
+    whole = b"\0".join(part.encode() if isinstance(part, str) else part for part in parts)
+    return xxhash.xxh3_128_hexdigest(whole)
+
+
+def steps_of(estimator: Any) -> tuple[Step, ...]:
+    """Return the transformers of a pipeline before its last step, as far as they can be told from others."""
+    if not is_plain_pipeline(estimator) or cuts_columns(estimator):
+        return ()
+    return _chain(_step(name, transformer) for name, transformer in transformers_of(estimator))
+
+
+def _chain(steps: Iterator[Step]) -> tuple[Step, ...]:
+    found = []
+    for step in steps:
+        found.append(step)
+        if step.token is None:
+            # Nobody knows what data the later ones get.
+            break
+    return tuple(found)
+
+
+def _step(path: str, transformer: Any, columns: bytes | None = None) -> Step:
+    token = None
+    if can_be_shared(transformer):
+        with contextlib.suppress(NoContentError):
+            token = content_of((type(transformer), vars(transformer)))
+    is_chain, _ = parts_of(transformer)
+    inner = _inner_steps(path, transformer)
+    return Step(path, token, columns, _chain(inner) if is_chain else tuple(inner), is_chain)
+
+
+def _inner_steps(path: str, transformer: Any) -> Iterator[Step]:
+    for name, part, columns in parts_of(transformer)[1]:
+        with contextlib.suppress(NoContentError):
+            yield _step(f"{path}__{name}", part, content_of(columns) if columns else None)
+
+
+def all_steps(steps: tuple[Step, ...]) -> Iterator[Step]:
+    """Yield the steps and those inside of them, outer ones first."""
+    for step in steps:
+        yield step
+        yield from all_steps(step.inner)
+
+
+@dataclass(frozen=True)
+class TaskSteps:
+    """The transformers of one task, and the identities of what fits them."""
+
+    fold: str
+    steps: tuple[Step, ...]
+    #: The fold, then of each step that has one the identity of the fitted step; outer ones before inner ones.
+    prefixes: Prefixes
+    #: Of each inner step's identity, that of the step around it.
+    around: Mapping[str, str]
+
+    @classmethod
+    def of(cls, fold: str, steps: tuple[Step, ...]) -> TaskSteps:
+        """Follow the training data of the fold through the steps."""
+        found: dict[str, str] = {}
+        _follow(steps, fold, "", True, found)
+        around = {fitted: outer for fitted, outer in found.items() if outer}
+        return cls(fold, steps, (fold, *found), around)
+
+    def worth_keeping(self, uses: Mapping[str, int]) -> list[str]:
+        """Return the prefixes that more than one task has, without those that only come with the step around them."""
+        return [
+            prefix
+            for prefix in self.prefixes[1:]
+            if uses[prefix] > 1 and uses[prefix] > uses.get(self.around.get(prefix, ""), 1)
+        ]
+
+
+def _follow(steps: tuple[Step, ...], data: str | None, outer: str, is_chain: bool, found: dict[str, str]) -> None:
+    """Add to ``found`` the identities of the fitted steps, with that of the step around each."""
+    for step in steps:
+        given = data if data is None or step.columns is None else derived(data, step.columns)
+        fitted = None if given is None or step.token is None else derived(given, step.token)
+        if fitted is not None:
+            found.setdefault(fitted, outer)
+        _follow(step.inner, given, fitted or "", step.is_chain, found)
+        if is_chain:
+            data = fitted

@@ -1,0 +1,433 @@
+"""One task of a search where it runs: its steps do what they do, or take it from the shelf."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, NamedTuple
+
+from ..data.shelf import Packed, Shelf, pack
+from . import effects, sklearn_inside
+from .effects import Effects, Observation, content_or_none
+from .ledger import Held
+from .sklearn_inside import CLONE, OF_CALLBACKS, TRANSFORM
+from .steps import derived
+
+__all__ = ["Counted", "Counts", "Hint", "SharedCall", "SharedFit"]
+
+#: Seconds to put a result on the shelf, and to take it from there: for each, for each byte of its pickle, and for each
+#: byte of its buffers, which are mapped (benchmarks/sharing.py).
+_PUT_S, _PUT_BYTE_S = 250e-6, 0.6e-9
+_TAKE_S, _TAKE_PICKLED_BYTE_S, _TAKE_MAPPED_BYTE_S = 150e-6, 4e-9, 0.05e-9
+
+#: A step that was not worth sharing is looked at again when it takes so many times longer.
+_WORTH_ANOTHER_LOOK: Final = 3.0
+
+#: What stands in a traceback between scikit-learn's lines and those of a step.
+_OWN_FILES: Final = frozenset({__file__, effects.__file__, contextlib.__file__})
+
+
+class SharedCall(NamedTuple):
+    """What all tasks of a call have in common."""
+
+    key: str
+    folders: tuple[str, ...]
+
+
+class Hint(NamedTuple):
+    """What travels with a task: where its steps stand in the call."""
+
+    fold: str
+    #: Of each step, by its path, what it is and the columns that it gets (``steps.Step``).
+    steps: dict[str, tuple[bytes | None, bytes | None]]
+    #: How many tasks have each of the prefixes that are worth keeping.
+    uses: dict[str, int]
+
+
+@dataclass
+class Counts:
+    """What sharing did. Fits and transforms are counted where several tasks of the call have them in common."""
+
+    fits_run: int = 0
+    fits_shared: int = 0
+    transforms_run: int = 0
+    transforms_shared: int = 0
+    seconds_saved: float = 0.0
+
+    def add(self, other: Counts) -> None:
+        """Add what one task counted."""
+        for name, number in vars(other).items():
+            setattr(self, name, getattr(self, name) + number)
+
+
+@dataclass
+class Counted:
+    """A task's result on its way back, with what sharing did in it, and what it left for others."""
+
+    result: Any
+    counts: Counts = field(default_factory=Counts)
+    held: list[Held] = field(default_factory=list)
+
+
+class SharedFit:
+    """Stands for scikit-learn's function in a task that has steps in common with others."""
+
+    def __init__(self, function: Any, hint: Hint, call: SharedCall) -> None:
+        self.function = function
+        self._hint = hint
+        self._call = call
+        # For messages that name the task.
+        self.__qualname__ = function.__qualname__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Counted:
+        given = sklearn_inside.arguments_of(self.function, args, kwargs)
+        # Estimators that are given back live on: they must not keep files that have no name any more.
+        sharer = Sharer(self._hint, _Workplace.of(self._call), mapped=not given["return_estimator"])
+        sharer.replace(given["estimator"], "", ("fit",))
+        function = sklearn_inside.with_globals(self.function, sharer.cut, _format_exc)
+        try:
+            return Counted(function(*args, **kwargs), sharer.counts, sharer.held)
+        finally:
+            sharer.restore()
+
+
+def _format_exc() -> str:
+    return sklearn_inside.format_exc_without(_OWN_FILES)
+
+
+class _Workplace:
+    """What a process keeps for the tasks of one call: the shelf, and which steps are not worth it."""
+
+    _latest: ClassVar[OrderedDict[str, _Workplace]] = OrderedDict()
+    _MAX_CALLS: ClassVar[int] = 4
+
+    @classmethod
+    def of(cls, call: SharedCall) -> _Workplace:
+        """Return that of a call. Two threads may make two at the same time: what one knows, the other finds out."""
+        workplace = cls._latest.get(call.key)
+        if workplace is None:
+            workplace = cls._latest[call.key] = cls(call)
+            with contextlib.suppress(KeyError):
+                while len(cls._latest) > cls._MAX_CALLS:
+                    cls._latest.popitem(last=False)
+        return workplace
+
+    def __init__(self, call: SharedCall) -> None:
+        self.shelf = Shelf(call.folders)
+        #: By path, method and class: the seconds that it took when it was not worth sharing; infinity if it cannot be.
+        self.not_worth: dict[tuple[str, str, type], float] = {}
+
+
+class _Invocation(NamedTuple):
+    """A method of a step, about to be called."""
+
+    method: _Method
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        return self.method.path
+
+    @property
+    def estimator(self) -> Any:
+        return self.method.estimator
+
+    @property
+    def is_transform(self) -> bool:
+        return self.method.name == TRANSFORM
+
+    @property
+    def kind(self) -> tuple[str, str, type]:
+        return self.method.path, self.method.name, type(self.method.estimator)
+
+    def run(self) -> Any:
+        return self.method.run(self.args, self.kwargs)
+
+
+class Sharer:
+    """Runs the steps of one task, or takes from the shelf what they would do.
+
+    Used by the task's own thread, and by those in which a FeatureUnion or ColumnTransformer runs its parts.
+
+    Parameters
+    ----------
+    hint : Hint
+        Where the steps stand in the call.
+    workplace : _Workplace
+        The shelf.
+    mapped : bool
+        Whether large arrays that are taken may be mappings of files.
+    """
+
+    def __init__(self, hint: Hint, workplace: _Workplace, *, mapped: bool) -> None:
+        self.counts = Counts()
+        self.held: list[Held] = []
+        self._hint = hint
+        self._shelf = workplace.shelf
+        self._not_worth = workplace.not_worth
+        self._mapped = mapped
+        self._replaced: list[tuple[str, Any]] = []
+        # Objects whose content has an identity. Held, or another could have the address of one that is gone.
+        self._data: dict[int, tuple[Any, str]] = {}
+        self._y: Any = None
+        # What a container got, for the steps inside; and what a step was fitted on, with its attributes then.
+        self._inside: dict[str, str] = {}
+        self._fitted: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    # ---- the fold
+
+    def cut(self, estimator: Any, X: Any, y: Any, indices: Any, train_indices: Any = None) -> Any:  # noqa: N803
+        """Return the training or the test part of X and y. In the place of scikit-learn's ``_safe_split``."""
+        is_train, fold = train_indices is None, self._hint.fold
+        name = fold if is_train else derived(fold, "test")
+        taken = self._taken(name)
+        if taken is None:
+            with self._shelf.claim(name):
+                taken = self._taken(name)
+                if taken is None:
+                    started = time.perf_counter()
+                    part = sklearn_inside.cut_fold(estimator, X, y, indices, train_indices)
+                    taken = Effects(time.perf_counter() - started, part)
+                    self._keep(name, fold, taken)
+        self._note(taken.output[0], name)
+        if is_train:
+            self._y = taken.output[1]
+        return taken.output
+
+    # ---- in the place of methods
+
+    def replace(self, estimator: Any, path: str, names: Sequence[str]) -> None:
+        """Put ours in the place of some methods of one object."""
+        for name in names:
+            if hasattr(estimator, name):
+                vars(estimator)[name] = _Method(self, estimator, path, name)
+        self._replaced.append((path, estimator))
+
+    def _replace_step(self, transformer: Any, path: str) -> None:
+        if path not in self._hint.steps:
+            return
+        self.replace(transformer, path, (sklearn_inside.fit_name(transformer), TRANSFORM, CLONE))
+        for name, part, _ in sklearn_inside.parts_of(transformer)[1]:
+            self._replace_step(part, f"{path}__{name}")
+
+    def restore(self, below: str = "") -> None:
+        """Give the objects inside of a container, or all, their own methods back."""
+        for path, estimator in self._replaced:
+            if path.startswith(below):
+                _take_out(estimator)
+        self._replaced = [one for one in self._replaced if not one[0].startswith(below)]
+
+    def answer(self, call: _Invocation) -> Any:
+        """Answer the call of a method that was replaced."""
+        if not call.path:
+            # The candidate itself: its parameters are set now, and its steps are those that will run.
+            for name, transformer in sklearn_inside.transformers_of(call.estimator):
+                self._replace_step(transformer, name)
+            return call.run()
+        if call.method.name == CLONE:
+            # A ColumnTransformer fits clones: there it goes on.
+            clone = call.run()
+            self._replace_step(clone, call.path)
+            return clone
+        return self._transform(call) if call.is_transform else self._fit(call)
+
+    def _fit(self, call: _Invocation) -> Any:
+        token = self._hint.steps[call.path][0]
+        data = self._data_of(call)
+        if data is None or len(call.args) > 2 or (call.args[1] if len(call.args) == 2 else None) is not self._y:
+            return self._run_unknown(call)
+        self._inside[call.path] = data
+        if token is None:
+            return self._run_checked(call)
+        fitted = derived(data, token)
+        output = self._shared(call, fitted, fitted)
+        if call.path in self._inside:
+            self._fitted[call.path] = (fitted, _attributes(call.estimator))
+        return call.estimator if output is None else output
+
+    def _transform(self, call: _Invocation) -> Any:
+        data = self._data_of(call)
+        fitted, attributes = self._fitted.get(call.path, ("", {}))
+        if data is None or call.kwargs or len(call.args) > 1 or not _are_same(attributes, _attributes(call.estimator)):
+            return self._run_unknown(call)
+        self._inside[call.path] = data
+        return self._shared(call, fitted, derived(fitted, data))
+
+    def _shared(self, call: _Invocation, fitted: str, name: str) -> Any:
+        """Take what a method would do from the shelf, or run it, and put there what it does."""
+        if fitted not in self._hint.uses:
+            return self._noted(call, self._run_checked(call), name)
+        if call.kind in self._not_worth:
+            return self._run_not_worth(call, name)
+        taken = self._taken(name)
+        if taken is None:
+            with self._shelf.claim(name):
+                taken = self._taken(name)
+                if taken is None:
+                    return self._run_and_keep(call, fitted, name)
+        self._count(call, "shared")
+        taken.apply(call.estimator)
+        return self._noted(call, taken.output, name)
+
+    def _run_and_keep(self, call: _Invocation, fitted: str, name: str) -> Any:
+        self._count(call, "run")
+        output, done = Observation(call.estimator, call.args, _attributes).run(call.run)
+        if done is None or (call.is_transform and (done.attributes or done.deleted)):
+            self._not_worth[call.kind] = math.inf
+            self._forget_all()
+            return output
+        self.restore(below=f"{call.path}__")
+        if not self._keep(name, fitted, done):
+            self._not_worth[call.kind] = done.seconds
+        return self._noted(call, output, name)
+
+    def _run_not_worth(self, call: _Invocation, name: str) -> Any:
+        limit_s = self._not_worth[call.kind]
+        self._count(call, "run")
+        if limit_s == math.inf:
+            return self._run_unknown(call)
+        started = time.perf_counter()
+        output = self._run_checked(call)
+        if time.perf_counter() - started > _WORTH_ANOTHER_LOOK * limit_s:
+            self._not_worth.pop(call.kind, None)
+        return self._noted(call, output, name)
+
+    def _count(self, call: _Invocation, what: str) -> None:
+        counter = f"{'transforms' if call.is_transform else 'fits'}_{what}"
+        setattr(self.counts, counter, getattr(self.counts, counter) + 1)
+
+    # ---- what is known of data
+
+    def _data_of(self, call: _Invocation) -> str | None:
+        """Return the identity of what a method is given, or None."""
+        if not call.args:
+            return None
+        columns = self._hint.steps[call.path][1]
+        if columns is not None:
+            # Cut out by the ColumnTransformer around it, whose data is known.
+            whole = self._inside.get(call.path.rpartition("__")[0])
+            return None if whole is None else derived(whole, columns)
+        known = self._data.get(id(call.args[0]))
+        return None if known is None else known[1]
+
+    def _note(self, value: Any, identity: str) -> None:
+        if value is not None:
+            self._data[id(value)] = (value, identity)
+
+    def _noted(self, call: _Invocation, output: Any, identity: str) -> Any:
+        """Return what a method returned; its identity is known if what the method got is still known."""
+        if call.path in self._inside and output is not call.estimator:
+            self._note(output, identity)
+        return output
+
+    def _forget_all(self) -> None:
+        """Something is not what it seemed: from here on the task runs as if it were alone."""
+        self._data.clear()
+        self._inside.clear()
+        self._fitted.clear()
+
+    def _run_unknown(self, call: _Invocation) -> Any:
+        """Run a method of which nothing is known, or which may change what is known."""
+        self._inside.pop(call.path, None)
+        self._fitted.pop(call.path, None)
+        for value in call.args:
+            self._data.pop(id(value), None)
+        return call.run()
+
+    def _run_checked(self, call: _Invocation) -> Any:
+        """Run a method; what is known stays known if the method leaves its input as it is."""
+        if "__" not in call.path and not any(path.startswith(f"{call.path}__") for path in self._hint.steps):
+            # Nobody else gets the input of a step of the pipeline itself, but a score of the training data.
+            self._data.pop(id(call.args[0]), None)
+            return call.run()
+        before = content_or_none(call.args)
+        output = call.run()
+        if before is None or content_or_none(call.args) != before:
+            self._forget_all()
+        return output
+
+    # ---- the shelf
+
+    def _taken(self, name: str) -> Effects | None:
+        started = time.perf_counter()
+        try:
+            found = self._shelf.take(name, mapped=self._mapped)
+        except Exception:
+            # It cannot be rebuilt from its pickle, or not be read: then it is made again.
+            return None
+        if found is None:
+            return None
+        taken = Effects(*found)
+        self.counts.seconds_saved += taken.seconds - (time.perf_counter() - started)
+        return taken
+
+    def _keep(self, name: str, prefix: str, done: Effects) -> bool:
+        """Put a result on the shelf if that is going to save time; return whether it is there."""
+        try:
+            packed = pack(tuple(done))
+        except Exception:
+            return False
+        saved_s = (self._hint.uses[prefix] - 1) * (done.seconds - _seconds_to_take(packed))
+        if saved_s <= _PUT_S + packed.nbytes * _PUT_BYTE_S or not self._shelf.put(name, packed):
+            return False
+        self.held.append(Held(name, prefix, packed.nbytes, done.seconds))
+        return True
+
+
+def _seconds_to_take(packed: Packed) -> float:
+    n_pickled = len(packed.stream)
+    return _TAKE_S + n_pickled * _TAKE_PICKLED_BYTE_S + (packed.nbytes - n_pickled) * _TAKE_MAPPED_BYTE_S
+
+
+class _Method:
+    """Stands for a method of one object, in its ``__dict__``."""
+
+    def __init__(self, sharer: Sharer, estimator: Any, path: str, name: str) -> None:
+        self.sharer = sharer
+        self.estimator = estimator
+        self.path = path
+        self.name = name
+        # scikit-learn looks at the signature of fit.
+        functools.update_wrapper(self, getattr(type(estimator), name, None) or getattr(estimator, name), updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.sharer.answer(_Invocation(self, args, kwargs))
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the class's own method, which sees the object as it would be without us."""
+        taken_out = _take_out(self.estimator)
+        try:
+            return getattr(self.estimator, self.name)(*args, **kwargs)
+        finally:
+            vars(self.estimator).update(taken_out)
+
+    def __reduce__(self) -> Any:
+        # A copy of the object gets its own method, in another process too.
+        return getattr, (self.estimator, self.name)
+
+
+_OVERRIDES: Final = ("fit", "fit_transform", TRANSFORM, CLONE)
+
+
+def _take_out(estimator: Any) -> dict[str, Any]:
+    attributes = vars(estimator)
+    return {name: attributes.pop(name) for name in _OVERRIDES if isinstance(attributes.get(name), _Method)}
+
+
+def _attributes(estimator: Any) -> dict[str, Any]:
+    """Return what is an object's own, but for what scikit-learn puts there for a moment."""
+    return {
+        name: value
+        for name, value in vars(estimator).items()
+        if name not in OF_CALLBACKS and not isinstance(value, _Method)
+    }
+
+
+def _are_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    return before.keys() == after.keys() and all(after[name] is value for name, value in before.items())
