@@ -19,7 +19,7 @@ from ..thread_safety import innermost
 from . import sklearn_inside
 from .ledger import Held, Ledger, Prefixes
 from .steps import Step, TaskSteps, all_steps, derived, steps_of
-from .task import Counted, Counts, Hint, SharedCall, SharedFit
+from .task import Counted, Counts, Hint, Place, SharedCall, SharedFit
 
 __all__ = ["SharedFits"]
 
@@ -142,8 +142,10 @@ class SharedFits:
         worth = steps.worth_keeping(uses)
         if not worth:
             return None
-        by_path = {step.path: (step.token, step.columns) for step in all_steps(steps.steps)}
-        return Hint(steps.fold, by_path, {prefix: uses[prefix] for prefix in (*worth, steps.fold)})
+        placed = {
+            step.path: Place(step.token, step.columns, steps.by_path.get(step.path)) for step in all_steps(steps.steps)
+        }
+        return Hint(steps.fold, placed, {prefix: max(2, uses[prefix]) for prefix in (*worth, steps.fold)})
 
     def _sharing(self, callee: Any, hint: Hint) -> Any:
         return sklearn_inside.calling_instead(callee, SharedFit(innermost(callee), hint, self._call))

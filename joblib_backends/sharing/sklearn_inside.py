@@ -28,6 +28,7 @@ __all__ = [
     "cut_fold",
     "cuts_columns",
     "fit_name",
+    "fitted_parts_of",
     "format_exc_without",
     "has_callbacks",
     "is_fit_and_score",
@@ -200,6 +201,17 @@ def parts_of(transformer: Any) -> tuple[bool, list[tuple[str, Any, list[Any]]]]:
     elif is_plain_pipeline(transformer):
         is_chain, parts = True, transformer.steps
     return is_chain, [(name, part, columns) for name, part, *columns in parts if not _is_no_transformer(part)]
+
+
+def fitted_parts_of(transformer: Any) -> list[tuple[str, Any]]:
+    """Return names and transformers of what is inside of a container that was fitted."""
+    parts = parts_of(transformer)[1]
+    if hasattr(transformer, "transformers_"):
+        # A ColumnTransformer fits clones.
+        given = {name for name, *_ in parts}
+        fitted = transformer.transformers_
+        return [(name, part) for name, part, _ in fitted if name in given and not _is_no_transformer(part)]
+    return [(name, part) for name, part, _ in parts]
 
 
 def _is_no_transformer(step: Any) -> bool:

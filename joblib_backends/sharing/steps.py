@@ -83,33 +83,45 @@ class TaskSteps:
     steps: tuple[Step, ...]
     #: The fold, then of each step that has one the identity of the fitted step; outer ones before inner ones.
     prefixes: Prefixes
-    #: Of each inner step's identity, that of the step around it.
+    #: Of each inner step's identity, that of the step around it; "" where it comes in several places of the task.
     around: Mapping[str, str]
+    #: By its path, the identity of each fitted step that has one.
+    by_path: Mapping[str, str]
 
     @classmethod
     def of(cls, fold: str, steps: tuple[Step, ...]) -> TaskSteps:
         """Follow the training data of the fold through the steps."""
-        found: dict[str, str] = {}
-        _follow(steps, fold, "", True, found)
-        around = {fitted: outer for fitted, outer in found.items() if outer}
-        return cls(fold, steps, (fold, *found), around)
+        found: list[tuple[str, str, str | None]] = []
+        _follow(steps, fold, None, True, found)
+        around: dict[str, str | None] = {}
+        for _, fitted, outer in found:
+            around[fitted] = "" if fitted in around else outer
+        inner = {fitted: outer for fitted, outer in around.items() if outer is not None}
+        return cls(fold, steps, (fold, *around), inner, {path: fitted for path, fitted, _ in found})
 
     def worth_keeping(self, uses: Mapping[str, int]) -> list[str]:
         """Return the prefixes that more than one task has, without those that only come with the step around them."""
-        return [
-            prefix
-            for prefix in self.prefixes[1:]
-            if uses[prefix] > 1 and uses[prefix] > uses.get(self.around.get(prefix, ""), 1)
-        ]
+        return [prefix for prefix in self.prefixes[1:] if uses[prefix] > self._uses_around(prefix, uses)]
+
+    def _uses_around(self, prefix: str, uses: Mapping[str, int]) -> int:
+        """Return how many tasks have no use for a prefix because they have what is around it."""
+        outer = self.around.get(prefix)
+        return 1 if outer is None else uses.get(outer, 0)
 
 
-def _follow(steps: tuple[Step, ...], data: str | None, outer: str, is_chain: bool, found: dict[str, str]) -> None:
-    """Add to ``found`` the identities of the fitted steps, with that of the step around each."""
+def _follow(
+    steps: tuple[Step, ...],
+    data: str | None,
+    outer: str | None,
+    is_chain: bool,
+    found: list[tuple[str, str, str | None]],
+) -> None:
+    """Add path and identity of the fitted steps to ``found``, with that of the step around each."""
     for step in steps:
         given = data if data is None or step.columns is None else derived(data, step.columns)
         fitted = None if given is None or step.token is None else derived(given, step.token)
         if fitted is not None:
-            found.setdefault(fitted, outer)
-        _follow(step.inner, given, fitted or "", step.is_chain, found)
+            found.append((step.path, fitted, outer))
+        _follow(step.inner, given, fitted, step.is_chain, found)
         if is_chain:
             data = fitted

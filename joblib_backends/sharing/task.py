@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -18,7 +18,7 @@ from .ledger import Held
 from .sklearn_inside import CLONE, OF_CALLBACKS, TRANSFORM
 from .steps import derived
 
-__all__ = ["Counted", "Counts", "Hint", "SharedCall", "SharedFit"]
+__all__ = ["Counted", "Counts", "Hint", "Place", "SharedCall", "SharedFit"]
 
 #: Seconds to put a result on the shelf, and to take it from there: for each, for each byte of its pickle, and for each
 #: byte of its buffers, which are mapped (benchmarks/sharing.py).
@@ -39,12 +39,21 @@ class SharedCall(NamedTuple):
     folders: tuple[str, ...]
 
 
+class Place(NamedTuple):
+    """Where a step stands (``steps.Step``)."""
+
+    token: bytes | None
+    columns: bytes | None
+    #: The identity of the step when it is fitted on the fold.
+    fitted: str | None
+
+
 class Hint(NamedTuple):
     """What travels with a task: where its steps stand in the call."""
 
     fold: str
-    #: Of each step, by its path, what it is and the columns that it gets (``steps.Step``).
-    steps: dict[str, tuple[bytes | None, bytes | None]]
+    #: By path.
+    steps: dict[str, Place]
     #: How many tasks have each of the prefixes that are worth keeping.
     uses: dict[str, int]
 
@@ -216,12 +225,22 @@ class Sharer:
         for name, part, _ in sklearn_inside.parts_of(transformer)[1]:
             self._replace_step(part, f"{path}__{name}")
 
-    def restore(self, below: str = "") -> None:
-        """Give the objects inside of a container, or all, their own methods back."""
-        for path, estimator in self._replaced:
-            if path.startswith(below):
-                _take_out(estimator)
-        self._replaced = [one for one in self._replaced if not one[0].startswith(below)]
+    def restore(self) -> None:
+        """Give all objects their own methods back."""
+        for _, estimator in self._replaced:
+            _take_out(estimator)
+        self._replaced.clear()
+
+    @contextlib.contextmanager
+    def _restored_inside(self, path: str) -> Iterator[None]:
+        """Give the objects inside of a container their own methods back for a moment."""
+        inside = [estimator for replaced, estimator in self._replaced if replaced.startswith(f"{path}__")]
+        taken_out = [(estimator, _take_out(estimator)) for estimator in inside]
+        try:
+            yield
+        finally:
+            for estimator, methods in taken_out:
+                vars(estimator).update(methods)
 
     def answer(self, call: _Invocation) -> Any:
         """Answer the call of a method that was replaced."""
@@ -238,7 +257,7 @@ class Sharer:
         return self._transform(call) if call.is_transform else self._fit(call)
 
     def _fit(self, call: _Invocation) -> Any:
-        token = self._hint.steps[call.path][0]
+        token = self._hint.steps[call.path].token
         data = self._data_of(call)
         if data is None or len(call.args) > 2 or (call.args[1] if len(call.args) == 2 else None) is not self._y:
             return self._run_unknown(call)
@@ -273,7 +292,19 @@ class Sharer:
                     return self._run_and_keep(call, fitted, name)
         self._count(call, "shared")
         taken.apply(call.estimator)
+        if not call.is_transform:
+            self._continue_inside(call.estimator, call.path)
         return self._noted(call, taken.output, name)
+
+    def _continue_inside(self, container: Any, path: str) -> None:
+        """Let the fitted steps in a container that was taken be shared too: it may get other data than was seen yet."""
+        for name, part in sklearn_inside.fitted_parts_of(container):
+            place = self._hint.steps.get(f"{path}__{name}")
+            if place is not None:
+                self._replace_step(part, f"{path}__{name}")
+                if place.fitted is not None:
+                    self._fitted[f"{path}__{name}"] = (place.fitted, _attributes(part))
+                self._continue_inside(part, f"{path}__{name}")
 
     def _run_and_keep(self, call: _Invocation, fitted: str, name: str) -> Any:
         self._count(call, "run")
@@ -282,8 +313,9 @@ class Sharer:
             self._not_worth[call.kind] = math.inf
             self._forget_all()
             return output
-        self.restore(below=f"{call.path}__")
-        if not self._keep(name, fitted, done):
+        with self._restored_inside(call.path):
+            is_kept = self._keep(name, fitted, done)
+        if not is_kept:
             self._not_worth[call.kind] = done.seconds
         return self._noted(call, output, name)
 
@@ -308,7 +340,7 @@ class Sharer:
         """Return the identity of what a method is given, or None."""
         if not call.args:
             return None
-        columns = self._hint.steps[call.path][1]
+        columns = self._hint.steps[call.path].columns
         if columns is not None:
             # Cut out by the ColumnTransformer around it, whose data is known.
             whole = self._inside.get(call.path.rpartition("__")[0])
