@@ -44,6 +44,9 @@ _IGNORED_KEYWORDS: Final = ("context", "verbose")
 #: joblib's own, which a tier may replace; what a user writes is left alone.
 _DEFAULT_PRE_DISPATCH: Final = inspect.signature(joblib_parallel.Parallel).parameters["pre_dispatch"].default
 
+#: Values of ``pre_dispatch``, without blanks, that nobody has chosen: joblib's and scikit-learn's defaults.
+_OPEN_PRE_DISPATCH: Final = frozenset({"2*n_jobs", "10*n_jobs"})
+
 #: What ``iter`` makes of containers.
 _PLAIN_ITERATORS: Final[tuple[type, ...]] = (type(iter([])), type(iter(())), type(None))
 
@@ -161,7 +164,13 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
         config = self.config
-        portable = Config(config.tier, idle_worker_timeout=config.idle_worker_timeout, cores=config.cores)
+        portable = Config(
+            config.tier,
+            idle_worker_timeout=config.idle_worker_timeout,
+            cores=config.cores,
+            share_fits=config.share_fits,
+            share_fits_nbytes=config.share_fits_nbytes,
+        )
         return _nested_backend, (portable, self.nesting_level)
 
     def close(self) -> None:
@@ -262,7 +271,14 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         # The cores of this machine say nothing about those of a cluster's workers.
         cores = 1 if self._facts.wants_cluster else cores_per_task(available_cores(config), workers)
         tier = config.tier if config.tier in _INHERITED_TIERS else "auto"
-        inherited = Config(tier=tier, idle_worker_timeout=config.idle_worker_timeout, cores=cores)
+        limit = None if config.share_fits_nbytes is None else config.share_fits_nbytes // workers
+        inherited = Config(
+            tier=tier,
+            idle_worker_timeout=config.idle_worker_timeout,
+            cores=cores,
+            share_fits=config.share_fits,
+            share_fits_nbytes=limit,
+        )
         return _nested_backend(inherited, (self.nesting_level or 0) + 1, self._context)
 
     def get_nested_backend(self) -> tuple[Any, None]:
@@ -370,7 +386,11 @@ def _take_more(parallel_ref: Callable[[], Any]) -> bool:
     parallel = parallel_ref()
     if parallel is None or parallel._aborting or parallel._original_iterator is None:
         return False
+    if "".join(str(parallel.pre_dispatch).split()) not in _OPEN_PRE_DISPATCH:
+        # The user has decided how much of the input may exist at a time.
+        return True
     parallel.dispatch_next()
+    _raise_failure(parallel)
     return parallel._original_iterator is not None
 
 
@@ -395,6 +415,11 @@ def _call_back(parallel: Any, callback: Callback, future: BatchFuture) -> None:
         parallel._register_new_job(job)
         job._register_outcome({"result": error, "status": joblib_parallel.TASK_ERROR})
         raise
+    _raise_failure(parallel)
+
+
+def _raise_failure(parallel: Any) -> None:
+    """Raise what the user's generator of tasks raised, which joblib keeps as a job that failed."""
     if parallel._aborting and parallel.return_ordered:
         with parallel._lock:
             failed = [job for job in parallel._jobs if job.status == joblib_parallel.TASK_ERROR]

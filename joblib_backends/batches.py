@@ -5,6 +5,7 @@ Pure bookkeeping: nothing here runs a task, or waits but for the lock.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -140,6 +141,8 @@ class BatchQueue:
         with self._lock:
             if not self._has_next(in_caller, looks_ahead):
                 return None
+            if self.ledger is not None:
+                self._bring_best_forward(self.ledger)
             batch = self._waiting.popleft()
             batch.started = time.perf_counter()
             if self.ledger is not None:
@@ -153,8 +156,6 @@ class BatchQueue:
     def _has_next(self, in_caller: bool, looks_ahead: bool) -> bool:
         if not self._waiting:
             return False
-        if self.ledger is not None and len(self._waiting) > 1:
-            self._bring_best_forward(self.ledger)
         tier = self._waiting[0].tier
         assert tier is not None
         if tier.runs_in_caller != in_caller:
@@ -164,12 +165,12 @@ class BatchQueue:
         return len(self._running) < self._n_jobs + tier.look_ahead
 
     def _bring_best_forward(self, ledger: Ledger) -> None:
-        n_looked_at = min(len(self._waiting), _CHOICE)
-        best = min(range(n_looked_at), key=lambda index: ledger.rank(self._waiting[index].prefixes))
-        if best:
-            batch = self._waiting[best]
-            del self._waiting[best]
-            self._waiting.appendleft(batch)
+        tier = self._waiting[0].tier
+        head = [batch for batch in itertools.islice(self._waiting, _CHOICE) if batch.tier is tier]
+        best = head[ledger.best(batch.prefixes for batch in head)]
+        if best is not self._waiting[0]:
+            self._waiting.remove(best)
+            self._waiting.appendleft(best)
 
     def _runs_elsewhere(self, tier: Tier | None) -> bool:
         # A tier keeps its own batches to n_jobs; what is handed over ahead while others run elsewhere would exceed it.

@@ -108,6 +108,11 @@ class Pilot:
         return not self._planner.is_fixed
 
     @property
+    def has_timeout(self) -> bool:
+        """Whether the caller waits for each result for so long only."""
+        return self._facts.has_timeout
+
+    @property
     def runs_in_caller(self) -> bool:
         """Whether batches are now left to the thread that asks for results."""
         tier = loaded_tier(self.plan.tier)

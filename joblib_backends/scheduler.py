@@ -70,6 +70,7 @@ _HOLD_S: Final = 0.002
 #: Seconds, and tasks, that are spent at most on taking the tasks of a search from its generator before any starts.
 _GATHER_S: Final = 0.25
 _GATHER_TASKS: Final = 20_000
+_GATHER_UNKNOWN: Final = 64
 
 GetOutcome = Callable[[], Outcome]
 
@@ -171,7 +172,7 @@ class Call:
         try:
             self._meet(batch)
             if self._sharing is not None and self._is_held:
-                self._gathered.append(batch)
+                self._hold(batch)
                 self._end_if_call_failed(future)
                 return future
             self._share(batch)
@@ -194,13 +195,17 @@ class Call:
         if not self._is_met:
             self._is_met = True
             self._sharing = SharedFits.of_call(self._config, batch.function)
-            self._queue.ledger = None if self._sharing is None else self._sharing.ledger
+            if self._sharing is not None and self._caller_completes and not self._pilot.has_timeout:
+                # Where each result is waited for in its turn, batches run in their turn.
+                self._queue.ledger = self._sharing.ledger
         if self._sharing is not None:
             batch.steps = self._sharing.add(batch.function)
             batch.prefixes = self._sharing.prefixes_of(batch.steps)
 
     def _share(self, batch: Batch) -> None:
         if self._sharing is not None:
+            if not self._more_to_come(self._caller_came):
+                self._sharing.all_are_known()
             batch.runs = self._sharing.wrap(batch.function, batch.steps)
 
     def _wait_for_turn(self, batch: Batch) -> None:
@@ -243,14 +248,23 @@ class Call:
         if len(self._queue) >= self._n_jobs or now - self._first_submit > _HOLD_S:
             self._release()
 
-    def _release(self) -> None:
-        gathered = self._gather() if self._sharing is not None else []
+    def _hold(self, batch: Batch) -> None:
+        """Let a batch of a search wait until more of it is known, but not for long."""
+        self._gathered.append(batch)
+        self._first_submit = self._first_submit or time.perf_counter()
+        if self._n_pending_tasks >= _GATHER_TASKS or time.perf_counter() - self._first_submit > _GATHER_S:
+            self._release(takes_more=False)
+
+    def _release(self, *, takes_more: bool = True) -> None:
+        if self._sharing is not None and takes_more:
+            self._gather(self._sharing)
+        gathered, self._gathered = self._gathered, []
         self._is_held = False
-        for batch in gathered:
+        for batch in self._sorted(gathered):
             try:
                 self._share(batch)
                 self._make_ready(batch)
-            except BaseException as error:
+            except Exception as error:
                 self._enqueue(batch, functools.partial(Outcome, None, error))
                 continue
             self._queue.put(batch)
@@ -258,18 +272,19 @@ class Call:
                 self._feed()
         self._feed()
 
-    def _gather(self) -> list[Batch]:
-        """Take the tasks of a search from its generator; return its batches, those side by side that share most."""
-        sharing = self._sharing
-        assert sharing is not None
-        end = time.monotonic() + _GATHER_S
-        has_more = self._take_more()
-        while has_more and time.monotonic() < end and self._n_pending_tasks < _GATHER_TASKS:
+    def _gather(self, sharing: SharedFits) -> None:
+        """Take the tasks of a search from its generator, so that it is known which of them share what."""
+        # Of tasks that nothing is known of, joblib makes batches of one: too slow for thousands of short ones.
+        limit = _GATHER_TASKS if self._pilot.expected_task_s else _GATHER_UNKNOWN * self._n_jobs
+        end = time.perf_counter() + _GATHER_S
+        has_more = True
+        while has_more and time.perf_counter() < end and self._n_pending_tasks < limit:
             has_more = self._take_more()
-        if not has_more:
-            sharing.all_are_known()
-        gathered, self._gathered = self._gathered, []
-        return sorted(gathered, key=lambda batch: sharing.ledger.order(batch.prefixes))
+
+    def _sorted(self, gathered: list[Batch]) -> list[Batch]:
+        """Return batches with those side by side that share most."""
+        ledger = self._queue.ledger
+        return gathered if ledger is None else sorted(gathered, key=lambda batch: ledger.order(batch.prefixes))
 
     def _end_if_call_failed(self, future: BatchFuture) -> None:
         with self._lock:
@@ -561,6 +576,10 @@ class Call:
     def _complete(self, batch: Batch, get_outcome: GetOutcome) -> None:
         try:
             outcome = get_outcome()
+            if self._sharing is not None and outcome.results is not None:
+                outcome = dataclasses.replace(
+                    outcome, results=self._finish_shared(self._sharing, batch, outcome.results)
+                )
         except BaseException as error:
             outcome = Outcome(None, error)
         future, succeeded = batch.future, outcome.error is None
@@ -576,9 +595,13 @@ class Call:
         if is_wanted and outcome.error is not None:
             self._fail(outcome.error, future)
         elif is_wanted:
-            results = outcome.results or []
-            self._deliver(future, results if self._sharing is None else self._sharing.finish(batch.prefixes, results))
+            self._deliver(future, outcome.results or [])
             self._replan()
+
+    def _finish_shared(self, sharing: SharedFits, batch: Batch, results: list[Any]) -> list[Any]:
+        if not self._more_to_come(self._caller_came):
+            sharing.all_are_known()
+        return sharing.finish(batch.prefixes, results)
 
     def _deliver(self, future: BatchFuture, results: list[Any]) -> None:
         if self._joblib_polls:

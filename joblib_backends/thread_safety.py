@@ -22,7 +22,8 @@ _MARK: Final = "__joblib_backends_thread_safe__"
 _TRUSTED_CODE: Final = frozenset({"sklearn"})
 _TRUSTED_DATA: Final = frozenset(
     {"builtins", "numpy", "scipy", "pandas", "pyarrow", "polars", "collections", "datetime", "decimal",
-     "fractions", "functools", "operator", "re", "_thread", "threading", "inspect", "types", "uuid", "pathlib"}
+     "fractions", "functools", "operator", "re", "_thread", "threading", "inspect", "types", "uuid", "pathlib",
+     "joblib_backends"}
 )  # fmt: skip
 
 #: A live random generator is consumed in the order in which tasks run, which threads do not fix.

@@ -74,7 +74,18 @@ class _ContentPickler(pickle.Pickler):
             return _identity_of_array(value)
         if isinstance(value, _GENERATORS):
             raise NoContentError(f"A {kind.__name__} changes whenever it is used.")
+        if kind.__module__.startswith("scipy.sparse"):
+            # Without what a matrix has found out about itself when it was asked.
+            return "sparse", kind, {name: part for name, part in vars(value).items() if not name.startswith("_has_")}
+        if hasattr(kind, "get_params") and hasattr(value, "__dict__"):
+            # All of an estimator, whatever its own pickle leaves out.
+            return "estimator", kind, {name: _request(name, part) for name, part in vars(value).items()}
         return None
+
+
+def _request(name: str, value: Any) -> Any:
+    # scikit-learn's requests for metadata refer to the estimator that they belong to; their text says all.
+    return str(value) if name == "_metadata_request" else value
 
 
 def _name_of(value: Any) -> tuple[Any, ...]:

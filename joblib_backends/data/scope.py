@@ -15,11 +15,15 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
+from pathlib import Path
 from typing import Any, Final
 
 from .store import Resident, Store
 
 __all__ = ["ResidentScope", "memory_nbytes"]
+
+#: Where Linux tells what memory a container may use, by the second and by the first version of its control groups.
+_CONTAINER_LIMITS: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 #: Share of the machine's memory that residents without a living owner may keep, least recently used first out.
 _IDLE_FRACTION: Final = 0.1
@@ -124,8 +128,16 @@ def _can_be_watched(owner: Any) -> bool:
 
 
 def memory_nbytes() -> int:
-    """Return the bytes of memory that this machine has."""
+    """Return the bytes of memory that this machine, or the container around this process, has."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return 8 << 30
+        physical = 8 << 30
+    return min([physical, *(limit for path in _CONTAINER_LIMITS if (limit := _number_in(path)))])
+
+
+def _number_in(path: str) -> int:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return 0

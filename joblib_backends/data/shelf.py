@@ -44,6 +44,9 @@ _ALIGNMENT: Final = 64
 #: Bytes below which reading a file is faster than mapping it.
 _READ_BELOW: Final = 65_536
 
+#: Where there are no locks of files. Reentrant, since another name may have the same.
+_locks_of_process: Final = [threading.RLock() for _ in range(64)]
+
 #: Bytes below which a buffer stays in the pickle.
 _INNER_BELOW: Final = 4_096
 
@@ -60,8 +63,22 @@ class Packed(NamedTuple):
         return len(self.stream) + sum(buffer.nbytes for buffer in self.buffers)
 
 
-def pack(value: Any) -> Packed:
-    """Return ``value`` as a pickle and buffers; nothing large is copied. Raises what pickling it raises."""
+class _PicklerWithout(Pickler):
+    """Refuses a value that holds a certain object."""
+
+    without: Any = None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if obj is self.without and obj is not None:
+            raise pickle.PicklingError(f"The value refers to a {type(obj).__name__} that it must not hold.")
+        return super().reducer_override(obj)
+
+
+def pack(value: Any, without: Any = None) -> Packed:
+    """Return ``value`` as a pickle and buffers; nothing large is copied. Raises what pickling it raises.
+
+    A value that holds the object ``without`` is refused: a copy would refer to a copy of that.
+    """
     buffers: list[memoryview] = []
 
     def take(buffer: pickle.PickleBuffer) -> bool:
@@ -71,7 +88,9 @@ def pack(value: Any) -> Packed:
         return raw.nbytes < _INNER_BELOW
 
     stream = io.BytesIO()
-    Pickler(stream, take, _never_resident).dump(value)
+    pickler = _PicklerWithout(stream, take, _never_resident)
+    pickler.without = without
+    pickler.dump(value)
     return Packed(stream.getvalue(), buffers)
 
 
@@ -95,13 +114,10 @@ class Shelf:
 
     def __init__(self, folders: Iterable[str]) -> None:
         self._folders = [Path(folder) for folder in folders]
+        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"<Shelf {', '.join(map(str, self._folders))}>"
-
-    def is_there(self) -> bool:
-        """Return whether the folders can be reached from this machine."""
-        return all(os.access(folder, os.W_OK | os.X_OK) for folder in self._folders)
 
     def take(self, name: str, *, mapped: bool = True) -> Any | None:
         """Return the value of that name, or None if there is none (any more).
@@ -140,7 +156,7 @@ class Shelf:
             for start, part in parts:
                 os.lseek(fd, start, os.SEEK_SET)
                 write_all(fd, memoryview(part))
-            os.rename(new, folder / name)
+            os.replace(new, folder / name)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(new)
@@ -156,6 +172,10 @@ class Shelf:
         Nobody waits for a process that is gone. Where locks do not work, all go on at once: then two may compute the
         same.
         """
+        if fcntl is None:
+            with _locks_of_process[hash(name) % len(_locks_of_process)]:
+                yield
+            return
         fd = self._lock(name)
         try:
             yield
@@ -166,8 +186,6 @@ class Shelf:
                 os.close(fd)
 
     def _lock(self, name: str) -> int | None:
-        if fcntl is None:
-            return None
         try:
             fd = os.open(self._folders[0] / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError:
@@ -191,8 +209,14 @@ class Shelf:
 
     def close(self) -> None:
         """Delete the folders; idempotent."""
+        if os.getpid() != self._pid:
+            return  # a forked child has the object, and not the files
         for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Race: a task of a call that failed may still be running. In a folder of another name it puts nothing.
+            gone = folder.with_name(f"{folder.name}.gone")
+            with contextlib.suppress(OSError):
+                os.rename(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _aligned(offset: int) -> int:

@@ -229,9 +229,7 @@ class Store:
         made, problems = [], []
         for place in _places(folder):
             try:
-                path = self._next_path(place)
-                path.mkdir(mode=0o700)
-                made.append(str(path))
+                made.append(str(self._make_folder(place)))
             except OSError as error:
                 problems.append(f"{place}: {error.strerror or error}")
         if not made:
@@ -241,6 +239,17 @@ class Store:
                 "Give one that can be written as temp_folder.",
             )
         return made
+
+    def _make_folder(self, place: str) -> Path:
+        path = self._next_path(place)
+        try:
+            path.mkdir(mode=0o700)
+        except FileNotFoundError:
+            # As in ``_open_new``.
+            self._drop_folder(place, path.parent)
+            path = self._next_path(place)
+            path.mkdir(mode=0o700)
+        return path
 
     def close(self) -> None:
         """Delete every folder of the store; called at exit and by tests."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
+import socket
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +27,9 @@ __all__ = ["SharedFits"]
 
 #: Share of the machine's memory that may be held for others.
 _MEMORY_FRACTION: Final = 0.1
+
+#: And share of what is free in its place.
+_FREE_FRACTION: Final = 0.5
 
 #: Arguments of which a fold is made.
 _OF_FOLD: Final = ("X", "y", "train", "test", "fit_params")
@@ -48,15 +53,16 @@ class SharedFits:
     """
 
     def __init__(self, config: Config) -> None:
-        limit = config.share_fits_nbytes
-        self.ledger = Ledger(int(memory_nbytes() * _MEMORY_FRACTION) if limit is None else limit)
         self.counts = Counts()
         folders = tuple(default_store().make_folders(config.temp_folder))
-        self._call = SharedCall(uuid.uuid4().hex, folders)
+        limit = config.share_fits_nbytes
+        if limit is None:
+            limit = int(min(memory_nbytes() * _MEMORY_FRACTION, shutil.disk_usage(folders[0]).free * _FREE_FRACTION))
+        self.ledger = Ledger(limit)
+        self._call = SharedCall(uuid.uuid4().hex, folders, limit, socket.gethostname())
         self._shelf = Shelf(folders)
         self._contents = _Contents()
         self._candidates: dict[bytes, tuple[Step, ...]] = {}
-        self._is_complete = False
 
     def __repr__(self) -> str:
         return f"<SharedFits {len(self._candidates)} candidates, {self.ledger!r}>"
@@ -87,31 +93,35 @@ class SharedFits:
 
     def all_are_known(self) -> None:
         """Note that every task of the call was added."""
-        self._is_complete = True
+        self.ledger.is_complete = True
 
     def _steps_of_task(self, callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TaskSteps | None:
         if not sklearn_inside.is_fit_and_score(callee):
             return None
         try:
             given = sklearn_inside.arguments_of(callee, args, kwargs)
-            steps = self._steps_of_candidate(given["estimator"], given["parameters"])
+            has_metadata = bool(given["fit_params"])
+            steps = self._steps_of_candidate(given["estimator"], given["parameters"], has_metadata)
             return TaskSteps.of(self._fold(callee, given), steps) if steps else None
         except Exception:
             # In code of the user, a set_params or a get_params: it will fail again where it is expected to.
             return None
 
-    def _steps_of_candidate(self, estimator: Any, parameters: Mapping[str, Any] | None) -> tuple[Step, ...]:
+    def _steps_of_candidate(
+        self, estimator: Any, parameters: Mapping[str, Any] | None, has_metadata: bool
+    ) -> tuple[Step, ...]:
         """Return the transformers of an estimator with its parameters set, looked for once for all folds."""
         if not sklearn_inside.is_plain_pipeline(estimator):
             return ()
         try:
-            candidate = content_of((vars(estimator), parameters))
+            candidate = content_of((estimator, parameters, has_metadata))
         except NoContentError:
             # One step without an identity does not keep the others from having one.
-            return steps_of(sklearn_inside.with_parameters(estimator, parameters))
+            return steps_of(sklearn_inside.with_parameters(estimator, parameters), by_place=has_metadata)
         known = self._candidates.get(candidate)
         if known is None:
-            known = self._candidates[candidate] = steps_of(sklearn_inside.with_parameters(estimator, parameters))
+            known = steps_of(sklearn_inside.with_parameters(estimator, parameters), by_place=has_metadata)
+            self._candidates[candidate] = known
         return known
 
     def _fold(self, callee: Any, given: Mapping[str, Any]) -> str:
@@ -137,7 +147,7 @@ class SharedFits:
 
     def _hint(self, steps: TaskSteps) -> Hint | None:
         # Of a search that is not known to its end, every prefix may come again.
-        at_least = 1 if self._is_complete else 2
+        at_least = 1 if self.ledger.is_complete else 2
         uses = {prefix: max(at_least, self.ledger.n_tasks(prefix)) for prefix in steps.prefixes}
         worth = steps.worth_keeping(uses)
         if not worth:

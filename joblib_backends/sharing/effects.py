@@ -1,14 +1,15 @@
 """What a method of a step did, in a form in which it can be done again without running the method.
 
-That is possible for a method that sets attributes, returns something and warns. One that changes its input, or draws
-from a global random generator, is found out here by looking before and after; it is not shared.
+That is possible for a method that sets attributes, returns something and warns. One that changes its input, draws from
+a global random generator, or returns a view of its input is found out here, by looking before and after.
 """
 
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, Final, NamedTuple
 
@@ -23,40 +24,47 @@ __all__ = ["Effects", "Observation", "content_or_none"]
 #: Types of values that nobody changes in place.
 _ATOMS: Final = frozenset({int, float, complex, bool, str, bytes, type(None), type, FunctionType})
 
+#: Packages whose objects draw random numbers only where a parameter random_state says so.
+_SAY_WHEN_THEY_DRAW: Final = frozenset({"sklearn", "builtins", "numpy", "scipy", "pandas"})
+
 
 class Effects(NamedTuple):
     """What a method did."""
 
     seconds: float
     output: Any
-    noted: list[Noted] = []  # noqa: RUF012  (a default of a NamedTuple, never changed)
+    returned_self: bool = False
+    noted: list[Noted] = []  # noqa: RUF012  (defaults of a NamedTuple, never changed)
     #: Attributes that it set, and names of those that it deleted.
     attributes: dict[str, Any] = {}  # noqa: RUF012
     deleted: list[str] = []  # noqa: RUF012
 
-    def apply(self, estimator: Any) -> None:
-        """Do to an object what the method did to another, and warn again."""
+    def apply(self, estimator: Any) -> Any:
+        """Do to an object what the method did to another, warn again, and return what the method would."""
         attributes = vars(estimator)
         for name in self.deleted:
             attributes.pop(name, None)
         attributes.update(self.attributes)
         show_again(self.noted)
+        return estimator if self.returned_self else self.output
 
 
 class Observation:
-    """An object and the arguments of its method, before the method runs.
+    """An object and the arguments of its method, from before the method runs.
 
     Parameters
     ----------
     estimator : object
         The object.
-    inputs : object
+    inputs : tuple
         The arguments.
     attributes_of : callable
         Returns the attributes of the object that are its own.
     """
 
-    def __init__(self, estimator: Any, inputs: Any, attributes_of: Callable[[Any], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, estimator: Any, inputs: tuple[Any, ...], attributes_of: Callable[[Any], Mapping[str, Any]]
+    ) -> None:
         self._estimator = estimator
         self._inputs = inputs
         self._attributes_of = attributes_of
@@ -66,21 +74,49 @@ class Observation:
         self._contents = {
             name: content_or_none(value) for name, value in self._before.items() if type(value) not in _ATOMS
         }
+        self._output: Any = None
+        self._noted: list[Noted] = []
+        self.seconds = 0.0
 
-    def run(self, method: Callable[[], Any]) -> tuple[Any, Effects | None]:
-        """Run the method; return its output, and what it did, or None if that cannot be done again."""
-        with noting() as noted:
+    def run(self, method: Callable[[], Any]) -> Any:
+        """Run the method and return what it returns."""
+        with noting() as self._noted:
             started = time.perf_counter()
-            output = method()
-            seconds = time.perf_counter() - started
+            self._output = method()
+            self.seconds = time.perf_counter() - started
+        return self._output
+
+    @property
+    def left_all_else_alone(self) -> bool:
+        """Whether the method did nothing beyond its object, as far as can be told."""
         if self._content is None or content_or_none(self._inputs) != self._content:
-            return output, None
-        if _generators_drawn_from(self._estimator) != self._generators:
-            return output, None
+            return False
+        return _generators_drawn_from(self._estimator) == self._generators
+
+    @property
+    def returned_a_view(self) -> bool:
+        """Whether what it returned may be a part of what it was given, so that who changes one changes the other."""
+        if self._output is self._estimator:
+            return False
+        if any(self._output is one for one in self._inputs):
+            return True
+        given = [array for one in self._inputs for array in _arrays_of(one)]
+        return any(np.may_share_memory(array, one) for array in _arrays_of(self._output) for one in given)
+
+    def effects(self, *, may_change: bool) -> Effects | None:
+        """Return what the method did to its object, or None if that cannot be told.
+
+        ``may_change`` says whether it may have changed the object at all; a transform that does is not repeatable.
+        """
         after = self._attributes_of(self._estimator)
         changed = {name: value for name, value in after.items() if self._has_changed(name, value)}
         deleted = [name for name in self._before if name not in after]
-        return output, Effects(seconds, None if output is self._estimator else output, noted, changed, deleted)
+        cannot_be_told = any(content is None for content in self._contents.values())
+        if not may_change and (changed or deleted or cannot_be_told):
+            return None
+        returned_self = self._output is self._estimator
+        output = None if returned_self else self._output
+        return Effects(self.seconds, output, returned_self, self._noted, changed, deleted)
 
     def _has_changed(self, name: str, value: Any) -> bool:
         if name not in self._before or value is not self._before[name]:
@@ -97,11 +133,37 @@ def content_or_none(value: Any) -> bytes | None:
         return None
 
 
+def _arrays_of(value: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield the arrays that a value consists of; pandas sees to it that views are not written through."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif type(value).__module__.startswith("scipy.sparse"):
+        for part in vars(value).values():
+            parts = part if isinstance(part, tuple) else (part,)
+            yield from (one for one in parts if isinstance(one, np.ndarray))
+
+
 def _generators_drawn_from(estimator: Any) -> bytes | None:
-    """Return the state of the global random generators where code of others may draw from them unseen.
+    """Return the state of the global random generators, where code of others may draw from them unseen.
 
     What has a parameter random_state says so: None means another draw at each fit, and one is as good as another.
+    Python's own generator tells something only in the main thread: in a Dask worker, others draw from it all the time.
     """
-    if root_package(type(estimator)) == "sklearn" or hasattr(estimator, "random_state"):
+    if not _may_draw_unseen(estimator):
         return None
-    return content_of((np.random.get_state(), random.getstate()))
+    is_main = threading.current_thread() is threading.main_thread()
+    return content_of((np.random.get_state(), random.getstate() if is_main else None))
+
+
+def _may_draw_unseen(estimator: Any) -> bool:
+    get_params = getattr(estimator, "get_params", None)
+    parameters = get_params(deep=True).values() if callable(get_params) else ()
+    return any(map(_is_code_of_others, (estimator, *parameters)))
+
+
+def _is_code_of_others(value: Any) -> bool:
+    if isinstance(value, type):
+        return False
+    if root_package(type(value)) in _SAY_WHEN_THEY_DRAW:
+        return isinstance(value, FunctionType)
+    return callable(value) or (hasattr(value, "fit") and not hasattr(value, "random_state"))

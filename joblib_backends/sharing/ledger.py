@@ -60,6 +60,8 @@ class Ledger:
         self._uses: dict[str, _Uses] = {}
         self._held: dict[str, Held] = {}
         self._nbytes = 0
+        #: Whether no more tasks will be added. Until then what nobody needs may be needed again.
+        self.is_complete = False
         #: The most bytes that were ever held.
         self.peak_nbytes = 0
 
@@ -82,19 +84,29 @@ class Ledger:
         with self._lock:
             return tuple(self._uses[prefix].order for prefix in prefixes)
 
-    def rank(self, prefixes: Prefixes) -> tuple[int, int]:
-        """Return how good it would be to start such a task now; the lowest is the best.
+    def best(self, candidates: Iterable[Prefixes]) -> int:
+        """Return the position of the task that is best started now.
 
         Best is one whose prefixes are all there. Next is one that computes the fewest new ones. Last is one that would
         wait for what another computes.
         """
-        n_new = n_awaited = 0
+        best, rank_of_best = 0, (len(self._uses) + 1, 0)
         with self._lock:
-            for prefix in prefixes:
-                uses = self._uses[prefix]
-                if not uses.n_done:
-                    n_awaited += uses.n_running > 0
-                    n_new += uses.n_running == 0
+            for position, prefixes in enumerate(candidates):
+                rank = self._rank(prefixes)
+                if rank < rank_of_best:
+                    best, rank_of_best = position, rank
+                if rank == (0, 0):
+                    break
+        return best
+
+    def _rank(self, prefixes: Prefixes) -> tuple[int, int]:
+        n_new = n_awaited = 0
+        for prefix in prefixes:
+            uses = self._uses[prefix]
+            if not uses.n_done:
+                n_awaited += uses.n_running > 0
+                n_new += uses.n_running == 0
         return n_awaited, n_new
 
     def start(self, prefixes: Prefixes) -> None:
@@ -114,13 +126,12 @@ class Ledger:
         with self._lock:
             for one in held:
                 self._hold(one)
-            dropped = []
             for prefix in prefixes:
                 uses = self._uses[prefix]
                 uses.n_running -= 1
                 uses.n_done += 1
-                if not uses.n_left:
-                    dropped += [one for one in self._held.values() if one.prefix == prefix]
+            needless = self._held.values() if self.is_complete else ()
+            dropped = [one for one in needless if not self._uses[one.prefix].n_left]
             for one in dropped:
                 self._drop(one)
             return [one.name for one in (*dropped, *self._evicted())]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FunctionType
 from typing import Any, Final
 
-from ..thread_safety import innermost
+from ..thread_safety import innermost, root_package
 
 __all__ = [
     "CLONE",
@@ -23,6 +23,7 @@ __all__ = [
     "TRANSFORM",
     "arguments_of",
     "calling_instead",
+    "can_be_followed",
     "can_be_shared",
     "configuration_of",
     "cut_fold",
@@ -32,9 +33,12 @@ __all__ = [
     "format_exc_without",
     "has_callbacks",
     "is_fit_and_score",
+    "is_own_scorer",
     "is_plain_pipeline",
     "parts_of",
     "transformers_of",
+    "transforms_metadata",
+    "unfitted_parts_of",
     "with_globals",
     "with_parameters",
 ]
@@ -56,7 +60,9 @@ TRANSFORM: Final = "transform"
 CLONE: Final = "__sklearn_clone__"
 
 #: Attributes that a step has only while scikit-learn's callbacks run.
-OF_CALLBACKS: Final = frozenset({"_parent_callback_ctx", "_callback_fit_ctx", "_skl_callbacks_to_teardown"})
+OF_CALLBACKS: Final = frozenset(
+    {"_parent_callback_ctx", "_callback_fit_ctx", "_skl_callbacks", "_skl_callbacks_to_teardown"}
+)
 
 
 # ---- the function that fits and scores
@@ -140,6 +146,15 @@ def cut_fold(estimator: Any, X: Any, y: Any, indices: Any, train_indices: Any) -
     return part
 
 
+def is_own_scorer(scorer: Any) -> bool:
+    """Return whether scikit-learn itself scores, so that the data stays as it is."""
+    scorers = (getattr(scorer, "_scorers", None) or {"score": scorer}).values()
+    return all(
+        root_package(type(one)) == "sklearn" and root_package(getattr(one, "_score_func", one)) == "sklearn"
+        for one in scorers
+    )
+
+
 def cuts_columns(estimator: Any) -> bool:
     """Return whether a fold is a part of the columns too, as that of a precomputed kernel is."""
     try:
@@ -203,6 +218,11 @@ def parts_of(transformer: Any) -> tuple[bool, list[tuple[str, Any, list[Any]]]]:
     return is_chain, [(name, part, columns) for name, part, *columns in parts if not _is_no_transformer(part)]
 
 
+def unfitted_parts_of(transformer: Any) -> list[tuple[str, Any]]:
+    """Return names and transformers of what was given to a container, or to the candidate itself."""
+    return [(name, part) for name, part, _ in parts_of(transformer)[1]]
+
+
 def fitted_parts_of(transformer: Any) -> list[tuple[str, Any]]:
     """Return names and transformers of what is inside of a container that was fitted."""
     parts = parts_of(transformer)[1]
@@ -211,20 +231,41 @@ def fitted_parts_of(transformer: Any) -> list[tuple[str, Any]]:
         given = {name for name, *_ in parts}
         fitted = transformer.transformers_
         return [(name, part) for name, part, _ in fitted if name in given and not _is_no_transformer(part)]
-    return [(name, part) for name, part, _ in parts]
+    return unfitted_parts_of(transformer)
 
 
 def _is_no_transformer(step: Any) -> bool:
     return step is None or isinstance(step, str)  # "passthrough", "drop"
 
 
+def can_be_followed(transformer: Any) -> bool:
+    """Return whether a step keeps all its state where we see it, and is an object of its own in each candidate."""
+    from sklearn.base import BaseEstimator
+
+    kind = type(transformer)
+    if not hasattr(transformer, "__dict__") or not hasattr(transformer, TRANSFORM):
+        return False
+    if any(base.__dict__.get("__slots__") for base in kind.__mro__):
+        return False
+    # FrozenEstimator, say, is its own clone.
+    return getattr(kind, CLONE, None) in (None, getattr(BaseEstimator, CLONE, None))
+
+
 def can_be_shared(transformer: Any) -> bool:
-    """Return whether a step keeps its state where we see it, and nobody else caches what it does."""
+    """Return whether nobody would miss a fit: who caches it already, is to be told of it, or reads what it prints."""
     from sklearn.pipeline import Pipeline
 
-    if isinstance(transformer, Pipeline) and transformer.memory is not None:
+    get_params = getattr(transformer, "get_params", None)
+    parameters = get_params(deep=True) if callable(get_params) else {}
+    if any(value for name, value in parameters.items() if name.rpartition("__")[2] == "verbose"):
         return False
-    return hasattr(transformer, "__dict__") and hasattr(transformer, TRANSFORM) and not has_callbacks(transformer)
+    parts = (transformer, *parameters.values())
+    return not any(has_callbacks(part) or (isinstance(part, Pipeline) and part.memory is not None) for part in parts)
+
+
+def transforms_metadata(pipeline: Any) -> bool:
+    """Return whether what goes to ``fit`` beside X and y passes through the steps too."""
+    return getattr(pipeline, "transform_input", None) is not None
 
 
 def fit_name(transformer: Any) -> str:

@@ -11,7 +11,15 @@ import xxhash
 
 from ..data.content import NoContentError, content_of
 from .ledger import Prefixes
-from .sklearn_inside import can_be_shared, cuts_columns, is_plain_pipeline, parts_of, transformers_of
+from .sklearn_inside import (
+    can_be_followed,
+    can_be_shared,
+    cuts_columns,
+    is_plain_pipeline,
+    parts_of,
+    transformers_of,
+    transforms_metadata,
+)
 
 __all__ = ["Step", "TaskSteps", "all_steps", "derived", "steps_of"]
 
@@ -35,16 +43,27 @@ def derived(*parts: str | bytes) -> str:
     return xxhash.xxh3_128_hexdigest(whole)
 
 
-def steps_of(estimator: Any) -> tuple[Step, ...]:
-    """Return the transformers of a pipeline before its last step, as far as they can be told from others."""
-    if not is_plain_pipeline(estimator) or cuts_columns(estimator):
+def steps_of(estimator: Any, *, by_place: bool = False) -> tuple[Step, ...]:
+    """Return the transformers of a pipeline before its last step, as far as they can be told from others.
+
+    ``by_place`` makes the place of a step a part of what it is: where fit gets more than X and y, it depends on that.
+    """
+    if not is_plain_pipeline(estimator) or transforms_metadata(estimator) or cuts_columns(estimator):
         return ()
-    return _chain(_step(name, transformer) for name, transformer in transformers_of(estimator))
+    steps = _chain(_step(name, transformer) for name, transformer in transformers_of(estimator))
+    return tuple(map(_placed, steps)) if by_place else steps
 
 
-def _chain(steps: Iterator[Step]) -> tuple[Step, ...]:
+def _placed(step: Step) -> Step:
+    token = None if step.token is None else derived(step.path, step.token).encode()
+    return step._replace(token=token, inner=tuple(map(_placed, step.inner)))
+
+
+def _chain(steps: Iterator[Step | None]) -> tuple[Step, ...]:
     found = []
     for step in steps:
+        if step is None:
+            break
         found.append(step)
         if step.token is None:
             # Nobody knows what data the later ones get.
@@ -52,17 +71,20 @@ def _chain(steps: Iterator[Step]) -> tuple[Step, ...]:
     return tuple(found)
 
 
-def _step(path: str, transformer: Any, columns: bytes | None = None) -> Step:
+def _step(path: str, transformer: Any, columns: bytes | None = None) -> Step | None:
+    if not can_be_followed(transformer):
+        return None
     token = None
     if can_be_shared(transformer):
         with contextlib.suppress(NoContentError):
-            token = content_of((type(transformer), vars(transformer)))
+            token = content_of(transformer)
     is_chain, _ = parts_of(transformer)
     inner = _inner_steps(path, transformer)
-    return Step(path, token, columns, _chain(inner) if is_chain else tuple(inner), is_chain)
+    followed = _chain(inner) if is_chain else tuple(step for step in inner if step is not None)
+    return Step(path, token, columns, followed, is_chain)
 
 
-def _inner_steps(path: str, transformer: Any) -> Iterator[Step]:
+def _inner_steps(path: str, transformer: Any) -> Iterator[Step | None]:
     for name, part, columns in parts_of(transformer)[1]:
         with contextlib.suppress(NoContentError):
             yield _step(f"{path}__{name}", part, content_of(columns) if columns else None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import socket
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -29,7 +30,7 @@ _TAKE_S, _TAKE_PICKLED_BYTE_S, _TAKE_MAPPED_BYTE_S = 150e-6, 4e-9, 0.05e-9
 _WORTH_ANOTHER_LOOK: Final = 3.0
 
 #: What stands in a traceback between scikit-learn's lines and those of a step.
-_OWN_FILES: Final = frozenset({__file__, effects.__file__, contextlib.__file__})
+_OWN_FILES: Final = frozenset({__file__, effects.__file__})
 
 
 class SharedCall(NamedTuple):
@@ -37,6 +38,10 @@ class SharedCall(NamedTuple):
 
     key: str
     folders: tuple[str, ...]
+    #: What is larger is not kept.
+    limit_nbytes: int
+    #: Where the folders are. Elsewhere, on a network file system, a file that is deleted is lost to who has mapped it.
+    host: str
 
 
 class Place(NamedTuple):
@@ -96,17 +101,32 @@ class SharedFit:
     def __call__(self, *args: Any, **kwargs: Any) -> Counted:
         given = sklearn_inside.arguments_of(self.function, args, kwargs)
         # Estimators that are given back live on: they must not keep files that have no name any more.
-        sharer = Sharer(self._hint, _Workplace.of(self._call), mapped=not given["return_estimator"])
+        is_mapped = not given["return_estimator"] and self._call.host == socket.gethostname()
+        is_watched = not sklearn_inside.is_own_scorer(given.get("scorer"))
+        sharer = Sharer(self._hint, _Workplace.of(self._call), mapped=is_mapped, watches_data=is_watched)
         sharer.replace(given["estimator"], "", ("fit",))
         function = sklearn_inside.with_globals(self.function, sharer.cut, _format_exc)
         try:
             return Counted(function(*args, **kwargs), sharer.counts, sharer.held)
         finally:
-            sharer.restore()
+            sharer.restore(given["estimator"])
 
 
 def _format_exc() -> str:
     return sklearn_inside.format_exc_without(_OWN_FILES)
+
+
+#: In the place of the seconds of a method that is not worth sharing: one that cannot be shared; one that failed this
+#: time; and one that returns a view, which takes no time, and whose input must be the task's own.
+_NEVER: Final = math.inf
+_FAILED: Final = -2.0
+_VIEW: Final = -1.0
+
+#: What pickle and copy ask an object for.
+STATE: Final = "__getstate__"
+
+#: Path and name of a method, and the class of its object.
+_Kind = tuple[str, str, type]
 
 
 class _Workplace:
@@ -128,8 +148,9 @@ class _Workplace:
 
     def __init__(self, call: SharedCall) -> None:
         self.shelf = Shelf(call.folders)
-        #: By path, method and class: the seconds that it took when it was not worth sharing; infinity if it cannot be.
-        self.not_worth: dict[tuple[str, str, type], float] = {}
+        self.limit_nbytes = call.limit_nbytes
+        #: The seconds that a method took when it was not worth sharing.
+        self.not_worth: dict[_Kind, float] = {}
 
 
 class _Invocation(NamedTuple):
@@ -152,7 +173,7 @@ class _Invocation(NamedTuple):
         return self.method.name == TRANSFORM
 
     @property
-    def kind(self) -> tuple[str, str, type]:
+    def kind(self) -> _Kind:
         return self.method.path, self.method.name, type(self.method.estimator)
 
     def run(self) -> Any:
@@ -172,15 +193,19 @@ class Sharer:
         The shelf.
     mapped : bool
         Whether large arrays that are taken may be mappings of files.
+    watches_data : bool
+        Whether the scorer is code of others, which may change the data that the next scorer gets.
     """
 
-    def __init__(self, hint: Hint, workplace: _Workplace, *, mapped: bool) -> None:
+    def __init__(self, hint: Hint, workplace: _Workplace, *, mapped: bool, watches_data: bool) -> None:
         self.counts = Counts()
         self.held: list[Held] = []
         self._hint = hint
         self._shelf = workplace.shelf
+        self._limit_nbytes = workplace.limit_nbytes
         self._not_worth = workplace.not_worth
         self._mapped = mapped
+        self._watches_data = watches_data
         self._replaced: list[tuple[str, Any]] = []
         # Objects whose content has an identity. Held, or another could have the address of one that is gone.
         self._data: dict[int, tuple[Any, str]] = {}
@@ -188,6 +213,10 @@ class Sharer:
         # What a container got, for the steps inside; and what a step was fitted on, with its attributes then.
         self._inside: dict[str, str] = {}
         self._fitted: dict[str, tuple[str, dict[str, Any]]] = {}
+        # Contents of the parts of the fold, which the scorer may change: it is anybody's code.
+        self._parts: dict[int, bytes | None] = {}
+        self._is_fitted = False
+        self._n_forgotten = 0
 
     # ---- the fold
 
@@ -195,19 +224,26 @@ class Sharer:
         """Return the training or the test part of X and y. In the place of scikit-learn's ``_safe_split``."""
         is_train, fold = train_indices is None, self._hint.fold
         name = fold if is_train else derived(fold, "test")
-        taken = self._taken(name)
-        if taken is None:
-            with self._shelf.claim(name):
-                taken = self._taken(name)
-                if taken is None:
-                    started = time.perf_counter()
-                    part = sklearn_inside.cut_fold(estimator, X, y, indices, train_indices)
-                    taken = Effects(time.perf_counter() - started, part)
-                    self._keep(name, fold, taken)
-        self._note(taken.output[0], name)
+        cut = functools.partial(sklearn_inside.cut_fold, estimator, X, y, indices, train_indices)
+        part = self._cut_or_taken(cut, name, ("", "cut", type(X)))
+        self._note(part[0], name)
+        if self._watches_data:
+            self._parts[id(part[0])] = content_or_none(part[0])
         if is_train:
-            self._y = taken.output[1]
-        return taken.output
+            self._y = part[1]
+        return part
+
+    def _cut_or_taken(self, cut: Callable[[], Any], name: str, kind: _Kind) -> Any:
+        if kind in self._not_worth:
+            return cut()
+        with self._taken_or_claimed(name, kind) as taken:
+            if taken is None:
+                started = time.perf_counter()
+                part = cut()
+                if not self._keep(name, self._hint.fold, Effects(time.perf_counter() - started, part), None):
+                    self._not_worth[kind] = _NEVER
+                return part
+        return taken.output if isinstance(taken, Effects) else cut()
 
     # ---- in the place of methods
 
@@ -221,21 +257,22 @@ class Sharer:
     def _replace_step(self, transformer: Any, path: str) -> None:
         if path not in self._hint.steps:
             return
-        self.replace(transformer, path, (sklearn_inside.fit_name(transformer), TRANSFORM, CLONE))
+        self.replace(transformer, path, (sklearn_inside.fit_name(transformer), TRANSFORM, CLONE, STATE))
         for name, part, _ in sklearn_inside.parts_of(transformer)[1]:
             self._replace_step(part, f"{path}__{name}")
 
-    def restore(self) -> None:
+    def restore(self, candidate: Any) -> None:
         """Give all objects their own methods back."""
         for _, estimator in self._replaced:
+            _take_out(estimator)
+        for estimator in (candidate, *_all_inside(candidate)):
             _take_out(estimator)
         self._replaced.clear()
 
     @contextlib.contextmanager
-    def _restored_inside(self, path: str) -> Iterator[None]:
+    def _restored_inside(self, container: Any) -> Iterator[None]:
         """Give the objects inside of a container their own methods back for a moment."""
-        inside = [estimator for replaced, estimator in self._replaced if replaced.startswith(f"{path}__")]
-        taken_out = [(estimator, _take_out(estimator)) for estimator in inside]
+        taken_out = [(estimator, _take_out(estimator)) for estimator in _all_inside(container)]
         try:
             yield
         finally:
@@ -248,6 +285,16 @@ class Sharer:
             # The candidate itself: its parameters are set now, and its steps are those that will run.
             for name, transformer in sklearn_inside.transformers_of(call.estimator):
                 self._replace_step(transformer, name)
+            output = call.run()
+            _take_out(call.estimator)
+            self._is_fitted = True
+            return output
+        if call.method.name == STATE:
+            # Of a copy, in another process perhaps. What a class returns may be what the object lives from.
+            state = call.run()
+            return _without_ours(state) if isinstance(state, dict) else state
+        if self._is_fitted and not call.is_transform:
+            # A scorer clones and fits what is no candidate any more.
             return call.run()
         if call.method.name == CLONE:
             # A ColumnTransformer fits clones: there it goes on.
@@ -261,6 +308,9 @@ class Sharer:
         data = self._data_of(call)
         if data is None or len(call.args) > 2 or (call.args[1] if len(call.args) == 2 else None) is not self._y:
             return self._run_unknown(call)
+        if sklearn_inside.has_callbacks(call.estimator):
+            # Somebody is told of each fit.
+            return self._run_unknown(call)
         self._inside[call.path] = data
         if token is None:
             return self._run_checked(call)
@@ -268,7 +318,7 @@ class Sharer:
         output = self._shared(call, fitted, fitted)
         if call.path in self._inside:
             self._fitted[call.path] = (fitted, _attributes(call.estimator))
-        return call.estimator if output is None else output
+        return output
 
     def _transform(self, call: _Invocation) -> Any:
         data = self._data_of(call)
@@ -283,18 +333,17 @@ class Sharer:
         if fitted not in self._hint.uses:
             return self._noted(call, self._run_checked(call), name)
         if call.kind in self._not_worth:
-            return self._run_not_worth(call, name)
-        taken = self._taken(name)
-        if taken is None:
-            with self._shelf.claim(name):
-                taken = self._taken(name)
-                if taken is None:
-                    return self._run_and_keep(call, fitted, name)
+            return self._run_not_worth(call, name, self._not_worth[call.kind])
+        with self._taken_or_claimed(name, call.kind) as taken:
+            if taken is None:
+                return self._run_and_keep(call, fitted, name)
+        if not isinstance(taken, Effects):
+            return self._run_not_worth(call, name, taken)
         self._count(call, "shared")
-        taken.apply(call.estimator)
+        output = taken.apply(call.estimator)
         if not call.is_transform:
             self._continue_inside(call.estimator, call.path)
-        return self._noted(call, taken.output, name)
+        return self._noted(call, output, name)
 
     def _continue_inside(self, container: Any, path: str) -> None:
         """Let the fitted steps in a container that was taken be shared too: it may get other data than was seen yet."""
@@ -308,22 +357,29 @@ class Sharer:
 
     def _run_and_keep(self, call: _Invocation, fitted: str, name: str) -> Any:
         self._count(call, "run")
-        output, done = Observation(call.estimator, call.args, _attributes).run(call.run)
-        if done is None or (call.is_transform and (done.attributes or done.deleted)):
-            self._not_worth[call.kind] = math.inf
-            self._forget_all()
-            return output
-        with self._restored_inside(call.path):
-            is_kept = self._keep(name, fitted, done)
-        if not is_kept:
-            self._not_worth[call.kind] = done.seconds
+        n_forgotten = self._n_forgotten
+        with self._restored_inside(call.estimator):
+            observation = Observation(call.estimator, call.args, _attributes)
+        output = observation.run(call.run)
+        with self._restored_inside(call.estimator):
+            done = observation.effects(may_change=not call.is_transform) if observation.left_all_else_alone else None
+            if done is None or self._n_forgotten != n_forgotten:
+                self._not_worth[call.kind] = _NEVER
+                self._forget_all()
+                return output
+            if observation.returned_a_view:
+                self._not_worth[call.kind] = _VIEW
+                return self._noted_view(call, output, name)
+            if not self._keep(name, fitted, done, call.estimator):
+                self._not_worth[call.kind] = done.seconds
         return self._noted(call, output, name)
 
-    def _run_not_worth(self, call: _Invocation, name: str) -> Any:
-        limit_s = self._not_worth[call.kind]
+    def _run_not_worth(self, call: _Invocation, name: str, limit_s: float) -> Any:
         self._count(call, "run")
-        if limit_s == math.inf:
+        if limit_s in (_NEVER, _FAILED):
             return self._run_unknown(call)
+        if limit_s == _VIEW:
+            return self._noted_view(call, call.run(), name)
         started = time.perf_counter()
         output = self._run_checked(call)
         if time.perf_counter() - started > _WORTH_ANOTHER_LOOK * limit_s:
@@ -346,7 +402,12 @@ class Sharer:
             whole = self._inside.get(call.path.rpartition("__")[0])
             return None if whole is None else derived(whole, columns)
         known = self._data.get(id(call.args[0]))
-        return None if known is None else known[1]
+        if known is None:
+            return None
+        if self._is_fitted and self._parts.get(id(call.args[0])) not in (None, content_or_none(call.args[0])):
+            # A scorer changed the data that the next one gets.
+            return None
+        return known[1]
 
     def _note(self, value: Any, identity: str) -> None:
         if value is not None:
@@ -358,8 +419,18 @@ class Sharer:
             self._note(output, identity)
         return output
 
+    def _noted_view(self, call: _Invocation, output: Any, identity: str) -> Any:
+        """Return an output that is a part of the input: only one of them can be followed from here."""
+        if "__" in call.path:
+            # The container's other parts get the same input.
+            self._forget_all()
+        else:
+            self._data.pop(id(call.args[0]), None)
+        return self._noted(call, output, identity)
+
     def _forget_all(self) -> None:
         """Something is not what it seemed: from here on the task runs as if it were alone."""
+        self._n_forgotten += 1
         self._data.clear()
         self._inside.clear()
         self._fitted.clear()
@@ -386,27 +457,53 @@ class Sharer:
 
     # ---- the shelf
 
-    def _taken(self, name: str) -> Effects | None:
+    @contextlib.contextmanager
+    def _taken_or_claimed(self, name: str, kind: _Kind) -> Iterator[Effects | float | None]:
+        """Give what is on the shelf; None to who is to make it, while others wait; or why it is not worth sharing.
+
+        Who fails, or keeps nothing, leaves word of it: the others must not try one after the other.
+        """
+        taken = self._taken(name, kind)
+        if taken is not None:
+            yield taken
+            return
+        with self._shelf.claim(name):
+            taken = self._taken(name, kind)
+            if taken is not None:
+                yield taken
+                return
+            n_held = len(self.held)
+            try:
+                yield None
+            finally:
+                if not any(one.name == name for one in self.held[n_held:]):
+                    self._shelf.put(name, pack(self._not_worth.get(kind, _FAILED)))
+
+    def _taken(self, name: str, kind: _Kind) -> Effects | float | None:
         started = time.perf_counter()
         try:
             found = self._shelf.take(name, mapped=self._mapped)
         except Exception:
             # It cannot be rebuilt from its pickle, or not be read: then it is made again.
-            return None
+            return self._not_worth.setdefault(kind, _NEVER)
         if found is None:
-            return None
+            # Another thread of this process may have found something out meanwhile.
+            return self._not_worth.get(kind)
+        if isinstance(found, float):
+            return found if found == _FAILED else self._not_worth.setdefault(kind, found)
         taken = Effects(*found)
         self.counts.seconds_saved += taken.seconds - (time.perf_counter() - started)
         return taken
 
-    def _keep(self, name: str, prefix: str, done: Effects) -> bool:
+    def _keep(self, name: str, prefix: str, done: Effects, estimator: Any) -> bool:
         """Put a result on the shelf if that is going to save time; return whether it is there."""
         try:
-            packed = pack(tuple(done))
+            packed = pack(tuple(done), without=estimator)
         except Exception:
             return False
         saved_s = (self._hint.uses[prefix] - 1) * (done.seconds - _seconds_to_take(packed))
-        if saved_s <= _PUT_S + packed.nbytes * _PUT_BYTE_S or not self._shelf.put(name, packed):
+        is_worth = saved_s > _PUT_S + packed.nbytes * _PUT_BYTE_S and packed.nbytes <= self._limit_nbytes
+        if not is_worth or not self._shelf.put(name, packed):
             return False
         self.held.append(Held(name, prefix, packed.nbytes, done.seconds))
         return True
@@ -440,25 +537,36 @@ class _Method:
             vars(self.estimator).update(taken_out)
 
     def __reduce__(self) -> Any:
-        # A copy of the object gets its own method, in another process too.
+        # Who keeps the method keeps one of the object's own.
         return getattr, (self.estimator, self.name)
 
 
-_OVERRIDES: Final = ("fit", "fit_transform", TRANSFORM, CLONE)
+_OVERRIDES: Final = ("fit", "fit_transform", TRANSFORM, CLONE, STATE)
 
 
 def _take_out(estimator: Any) -> dict[str, Any]:
-    attributes = vars(estimator)
-    return {name: attributes.pop(name) for name in _OVERRIDES if isinstance(attributes.get(name), _Method)}
+    attributes = getattr(estimator, "__dict__", {})
+    found = {name: attributes.get(name) for name in _OVERRIDES}
+    taken_out = {name: method for name, method in found.items() if isinstance(method, _Method)}
+    for name in taken_out:
+        attributes.pop(name, None)
+    return taken_out
+
+
+def _all_inside(container: Any) -> Iterator[Any]:
+    """Yield what is inside of a container, fitted or not, and inside of that."""
+    for _, part in (*sklearn_inside.unfitted_parts_of(container), *sklearn_inside.fitted_parts_of(container)):
+        yield part
+        yield from _all_inside(part)
 
 
 def _attributes(estimator: Any) -> dict[str, Any]:
     """Return what is an object's own, but for what scikit-learn puts there for a moment."""
-    return {
-        name: value
-        for name, value in vars(estimator).items()
-        if name not in OF_CALLBACKS and not isinstance(value, _Method)
-    }
+    return {name: value for name, value in _without_ours(vars(estimator)).items() if name not in OF_CALLBACKS}
+
+
+def _without_ours(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if not isinstance(value, _Method)}
 
 
 def _are_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

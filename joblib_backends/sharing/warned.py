@@ -7,10 +7,11 @@ notes what comes from its thread, and hands everything on.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 __all__ = ["Noted", "noting", "show_again"]
 
@@ -27,9 +28,9 @@ class Noted(NamedTuple):
 class _Notes:
     """What is noted now, by thread. The lock guards who is first and who is last."""
 
-    lock: Final = threading.Lock()
-    of_thread: Final[dict[int, list[Noted]]] = {}
-    shows: Any = None
+    lock: ClassVar[threading.Lock] = threading.Lock()
+    of_thread: ClassVar[dict[int, list[Noted]]] = {}
+    shows: ClassVar[Any] = None
 
 
 def _show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
@@ -67,12 +68,21 @@ def noting() -> Iterator[list[Noted]]:
                 outer.extend(notes)
                 _Notes.of_thread[thread] = outer
             if not _Notes.of_thread and warnings.showwarning is _show:
+                # Kept: a thread's own block may put ours back later, and it must go on to show as was shown before.
                 warnings.showwarning = _Notes.shows
-                # A thread's own block may put ours back later: then the standard way is right.
-                _Notes.shows = None
+
+
+def _forget_in_child() -> None:
+    # A thread of the parent may have held it.
+    _Notes.lock = threading.Lock()
+    _Notes.of_thread = {}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def show_again(noted: list[Noted]) -> None:
-    """Give each warning again, through the filters as they are now."""
+    """Show each warning again. The filters have let it pass, and knew more of where it came from."""
     for one in noted:
-        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        warnings.showwarning(one.message, one.category, one.filename, one.lineno)
