@@ -112,6 +112,8 @@ WRONG = {
     "initargs": [3, "ab"],
     "wait_for_workers": [0, -1, "10", float("nan"), True],
     "idle_worker_timeout": [0, -1, "10", float("nan")],
+    "share_fits": ["yes", 1, 0],
+    "share_fits_nbytes": [-1, "ten", 1.5, True],
     "max_nbytes": [-1, "ten", "10X", "", True],
     "temp_folder": [3, b"/tmp"],
     "mmap_mode": ["rw", 3, ""],
@@ -149,6 +151,8 @@ def test_an_unknown_tier_in_the_environment_names_the_variable(monkeypatch):
         ("JOBLIB_BACKEND_WAIT_FOR_WORKERS", "soon", "a number of seconds"),
         ("JOBLIB_BACKEND_WAIT_FOR_WORKERS", "-1", "greater than 0"),
         ("JOBLIB_BACKEND_INNER_MAX_NUM_THREADS", "two", "a whole number of at least 1"),
+        ("JOBLIB_BACKEND_SHARE_FITS", "perhaps", "1 or 0"),
+        ("JOBLIB_BACKEND_SHARE_FITS_NBYTES", "many", "a number of bytes"),
         ("JOBLIB_BACKEND_TEIR", "dask", "JOBLIB_BACKEND_TIER"),
     ],
 )
