@@ -127,7 +127,7 @@ class Shelf:
         for folder in self._folders:
             try:
                 with open(folder / name, "rb", buffering=0) as file:
-                    return _load(_content(file, mapped))
+                    return _load(_content(file, mapped), apart=not mapped)
             except FileNotFoundError:
                 continue
         return None
@@ -237,7 +237,8 @@ def _content(file: Any, mapped: bool) -> memoryview:
     return memoryview(content)
 
 
-def _load(content: memoryview) -> Any:
+def _load(content: memoryview, *, apart: bool) -> Any:
+    """Return the value; ``apart`` gives each buffer memory of its own, so that none keeps the others alive."""
     n_stream, n_buffers = _HEAD.unpack_from(content)
     sizes = struct.unpack_from(f"<{n_buffers}Q", content, _HEAD.size)
     start = _HEAD.size + 8 * n_buffers
@@ -246,5 +247,5 @@ def _load(content: memoryview) -> Any:
     for nbytes in sizes:
         start = _aligned(end)
         end = start + nbytes
-        buffers.append(content[start:end])
+        buffers.append(bytearray(content[start:end]) if apart else content[start:end])
     return pickle.loads(stream, buffers=buffers)
