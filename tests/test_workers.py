@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,8 +298,7 @@ def test_a_server_with_threads_is_not_used(monkeypatch, pool):
         assert ForkServer.enabled
         call.leave()
     finally:
-        source.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
         ForkServer._unsafe = frozenset()
         WorkerPool.close_all()
 
