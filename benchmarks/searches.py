@@ -32,7 +32,7 @@ def pca_search(n_last: int = 6) -> Search:
 
 
 def text_search(n_last: int = 6) -> Search:
-    """Return (b): 2 vectorizers x 3 ways to weigh x 6 classifiers on 4,000 documents of some 150 words."""
+    """Return (b): 2 vectorizers x 3 ways to weigh x 6 classifiers on 1,500 documents of some 150 words."""
     from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
     from sklearn.linear_model import SGDClassifier
     from sklearn.pipeline import Pipeline
@@ -40,7 +40,7 @@ def text_search(n_last: int = 6) -> Search:
     random = np.random.default_rng(0)
     words = np.array([f"w{i}" for i in range(30_000)])
     frequencies = 1.0 / np.arange(1, len(words) + 1)
-    y = random.integers(0, 4, 4_000)
+    y = random.integers(0, 4, 1_500)
     documents = []
     for label in y:
         n_words = int(random.integers(100, 200))

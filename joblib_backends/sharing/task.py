@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from ..data.shelf import Packed, Shelf, pack
 from . import effects, sklearn_inside
-from .effects import Effects, Observation, content_or_none
+from .effects import Effects, Observation, Thawer, content_or_none, frozen
 from .ledger import Held
 from .sklearn_inside import CLONE, OF_CALLBACKS, TRANSFORM
 from .steps import derived
@@ -149,6 +149,7 @@ class _Workplace:
     def __init__(self, call: SharedCall) -> None:
         self.shelf = Shelf(call.folders)
         self.limit_nbytes = call.limit_nbytes
+        self.thawer = Thawer()
         #: The seconds that a method took when it was not worth sharing.
         self.not_worth: dict[_Kind, float] = {}
 
@@ -203,6 +204,7 @@ class Sharer:
         self._hint = hint
         self._shelf = workplace.shelf
         self._limit_nbytes = workplace.limit_nbytes
+        self._thawer = workplace.thawer
         self._not_worth = workplace.not_worth
         self._mapped = mapped
         self._watches_data = watches_data
@@ -340,7 +342,7 @@ class Sharer:
         if not isinstance(taken, Effects):
             return self._run_not_worth(call, name, taken)
         self._count(call, "shared")
-        output = taken.apply(call.estimator)
+        output = taken.apply(call.estimator, self._thawer)
         if not call.is_transform:
             self._continue_inside(call.estimator, call.path)
         return self._noted(call, output, name)
@@ -498,7 +500,7 @@ class Sharer:
     def _keep(self, name: str, prefix: str, done: Effects, estimator: Any) -> bool:
         """Put a result on the shelf if that is going to save time; return whether it is there."""
         try:
-            packed = pack(tuple(done), without=estimator)
+            packed = pack(tuple(frozen(done)), without=estimator)
         except Exception:
             return False
         saved_s = (self._hint.uses[prefix] - 1) * (done.seconds - _seconds_to_take(packed))
