@@ -115,7 +115,7 @@ def one_cheap_step() -> Search:
     search = pca_search()
     pipeline = Pipeline([("scale", StandardScaler()), ("clf", SVC())])
     grid = {"clf__C": list(np.logspace(-2, 2, 12))}
-    return Search(pipeline, grid, search.X[:4_000, :40], search.y[:4_000])
+    return Search(pipeline, grid, search.X[:2_000, :40], search.y[:2_000])
 
 
 SEARCHES: dict[str, Callable[[], Search]] = {

@@ -382,13 +382,13 @@ def _more_to_come(parallel_ref: Callable[[], Any], caller_came: bool) -> bool:
 
 
 def _take_more(parallel_ref: Callable[[], Any]) -> bool:
-    """Take the next tasks of the input ahead of joblib's ``pre_dispatch``; return whether there may be more."""
+    """Take the next tasks of the input ahead of joblib's ``pre_dispatch``; return whether to go on with that."""
     parallel = parallel_ref()
     if parallel is None or parallel._aborting or parallel._original_iterator is None:
         return False
     if "".join(str(parallel.pre_dispatch).split()) not in _OPEN_PRE_DISPATCH:
         # The user has decided how much of the input may exist at a time.
-        return True
+        return False
     parallel.dispatch_next()
     _raise_failure(parallel)
     return parallel._original_iterator is not None

@@ -97,7 +97,7 @@ class Call:
     is_lazy : callable, optional
         Returns whether to take a task from the input runs code of the user, which may draw random numbers.
     take_more : callable, optional
-        Takes the next tasks from the input now, and returns whether there may be more.
+        Takes the next tasks from the input now, and returns whether to go on with that.
 
     Notes
     -----
@@ -257,7 +257,7 @@ class Call:
 
     def _release(self, *, takes_more: bool = True) -> None:
         if self._sharing is not None and takes_more:
-            self._gather(self._sharing)
+            self._gather()
         gathered, self._gathered = self._gathered, []
         self._is_held = False
         for batch in self._sorted(gathered):
@@ -272,14 +272,13 @@ class Call:
                 self._feed()
         self._feed()
 
-    def _gather(self, sharing: SharedFits) -> None:
+    def _gather(self) -> None:
         """Take the tasks of a search from its generator, so that it is known which of them share what."""
         # Of tasks that nothing is known of, joblib makes batches of one: too slow for thousands of short ones.
         limit = _GATHER_TASKS if self._pilot.expected_task_s else _GATHER_UNKNOWN * self._n_jobs
         end = time.perf_counter() + _GATHER_S
-        has_more = True
-        while has_more and time.perf_counter() < end and self._n_pending_tasks < limit:
-            has_more = self._take_more()
+        while time.perf_counter() < end and self._n_pending_tasks < limit and self._take_more():
+            pass
 
     def _sorted(self, gathered: list[Batch]) -> list[Batch]:
         """Return batches with those side by side that share most."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import socket
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from ..data.shelf import Packed, Shelf, pack
 from . import effects, sklearn_inside
@@ -21,13 +21,10 @@ from .steps import derived
 
 __all__ = ["Counted", "Counts", "Hint", "Place", "SharedCall", "SharedFit"]
 
-#: Seconds to put a result on the shelf, and to take it from there: for each, for each byte of its pickle, and for each
-#: byte of its buffers, which are mapped (benchmarks/sharing.py).
-_PUT_S, _PUT_BYTE_S = 250e-6, 0.6e-9
-_TAKE_S, _TAKE_PICKLED_BYTE_S, _TAKE_MAPPED_BYTE_S = 150e-6, 4e-9, 0.05e-9
-
-#: A step that was not worth sharing is looked at again when it takes so many times longer.
-_WORTH_ANOTHER_LOOK: Final = 3.0
+#: Seconds to put a result on the shelf, and to take it from there: for each, with the looks before and after; for each
+#: byte of its pickle; and for each byte of its buffers, which are mapped (benchmarks/sharing.py, "shelf").
+_PUT_S, _PUT_BYTE_S = 250e-6, 0.5e-9
+_TAKE_S, _TAKE_PICKLED_BYTE_S, _TAKE_MAPPED_BYTE_S = 150e-6, 11e-9, 0.05e-9
 
 #: What stands in a traceback between scikit-learn's lines and those of a step.
 _OWN_FILES: Final = frozenset({__file__, effects.__file__})
@@ -116,17 +113,15 @@ def _format_exc() -> str:
     return sklearn_inside.format_exc_without(_OWN_FILES)
 
 
-#: In the place of the seconds of a method that is not worth sharing: one that cannot be shared; one that failed this
-#: time; and one that returns a view, which takes no time, and whose input must be the task's own.
-_NEVER: Final = math.inf
-_FAILED: Final = -2.0
-_VIEW: Final = -1.0
+#: Why everyone runs a method alone: it takes less time than to share it; it returns a view, whose owner must be the
+#: task's own; it cannot be shared; it failed, this time.
+Verdict = Literal["cheap", "view", "never", "failed"]
 
 #: What pickle and copy ask an object for.
 STATE: Final = "__getstate__"
 
-#: Path and name of a method, and the class of its object.
-_Kind = tuple[str, str, type]
+#: Path and name of a method, and what its object is.
+_Kind = tuple[str, str, bytes | None]
 
 
 class _Workplace:
@@ -150,8 +145,7 @@ class _Workplace:
         self.shelf = Shelf(call.folders)
         self.limit_nbytes = call.limit_nbytes
         self.thawer = Thawer()
-        #: The seconds that a method took when it was not worth sharing.
-        self.not_worth: dict[_Kind, float] = {}
+        self.verdicts: dict[_Kind, Verdict] = {}
 
 
 class _Invocation(NamedTuple):
@@ -172,10 +166,6 @@ class _Invocation(NamedTuple):
     @property
     def is_transform(self) -> bool:
         return self.method.name == TRANSFORM
-
-    @property
-    def kind(self) -> _Kind:
-        return self.method.path, self.method.name, type(self.method.estimator)
 
     def run(self) -> Any:
         return self.method.run(self.args, self.kwargs)
@@ -205,12 +195,12 @@ class Sharer:
         self._shelf = workplace.shelf
         self._limit_nbytes = workplace.limit_nbytes
         self._thawer = workplace.thawer
-        self._not_worth = workplace.not_worth
+        self._verdicts = workplace.verdicts
         self._mapped = mapped
         self._watches_data = watches_data
         self._replaced: list[tuple[str, Any]] = []
-        # Objects whose content has an identity. Held, or another could have the address of one that is gone.
-        self._data: dict[int, tuple[Any, str]] = {}
+        # By address, objects whose content has an identity: what returns the object, if it is still there.
+        self._data: dict[int, tuple[Callable[[], Any], str]] = {}
         self._y: Any = None
         # What a container got, for the steps inside; and what a step was fitted on, with its attributes then.
         self._inside: dict[str, str] = {}
@@ -227,7 +217,7 @@ class Sharer:
         is_train, fold = train_indices is None, self._hint.fold
         name = fold if is_train else derived(fold, "test")
         cut = functools.partial(sklearn_inside.cut_fold, estimator, X, y, indices, train_indices)
-        part = self._cut_or_taken(cut, name, ("", "cut", type(X)))
+        part = self._cut_or_taken(cut, name, ("", "cut", None))
         self._note(part[0], name)
         if self._watches_data:
             self._parts[id(part[0])] = content_or_none(part[0])
@@ -236,14 +226,14 @@ class Sharer:
         return part
 
     def _cut_or_taken(self, cut: Callable[[], Any], name: str, kind: _Kind) -> Any:
-        if kind in self._not_worth:
+        if kind in self._verdicts:
             return cut()
         with self._taken_or_claimed(name, kind) as taken:
             if taken is None:
                 started = time.perf_counter()
                 part = cut()
                 if not self._keep(name, self._hint.fold, Effects(time.perf_counter() - started, part), None):
-                    self._not_worth[kind] = _NEVER
+                    self._verdicts[kind] = "cheap"
                 return part
         return taken.output if isinstance(taken, Effects) else cut()
 
@@ -334,13 +324,14 @@ class Sharer:
         """Take what a method would do from the shelf, or run it, and put there what it does."""
         if fitted not in self._hint.uses:
             return self._noted(call, self._run_checked(call), name)
-        if call.kind in self._not_worth:
-            return self._run_not_worth(call, name, self._not_worth[call.kind])
-        with self._taken_or_claimed(name, call.kind) as taken:
+        kind = (call.path, call.method.name, self._hint.steps[call.path].token)
+        if kind in self._verdicts:
+            return self._run_alone(call, name, self._verdicts[kind])
+        with self._taken_or_claimed(name, kind) as taken:
             if taken is None:
-                return self._run_and_keep(call, fitted, name)
+                return self._run_and_keep(call, kind, fitted, name)
         if not isinstance(taken, Effects):
-            return self._run_not_worth(call, name, taken)
+            return self._run_alone(call, name, taken)
         self._count(call, "shared")
         output = taken.apply(call.estimator, self._thawer)
         if not call.is_transform:
@@ -357,7 +348,7 @@ class Sharer:
                     self._fitted[f"{path}__{name}"] = (place.fitted, _attributes(part))
                 self._continue_inside(part, f"{path}__{name}")
 
-    def _run_and_keep(self, call: _Invocation, fitted: str, name: str) -> Any:
+    def _run_and_keep(self, call: _Invocation, kind: _Kind, fitted: str, name: str) -> Any:
         self._count(call, "run")
         n_forgotten = self._n_forgotten
         with self._restored_inside(call.estimator):
@@ -366,27 +357,23 @@ class Sharer:
         with self._restored_inside(call.estimator):
             done = observation.effects(may_change=not call.is_transform) if observation.left_all_else_alone else None
             if done is None or self._n_forgotten != n_forgotten:
-                self._not_worth[call.kind] = _NEVER
+                self._verdicts[kind] = "never"
                 self._forget_all()
                 return output
             if observation.returned_a_view:
-                self._not_worth[call.kind] = _VIEW
+                self._verdicts[kind] = "view"
                 return self._noted_view(call, output, name)
             if not self._keep(name, fitted, done, call.estimator):
-                self._not_worth[call.kind] = done.seconds
+                self._verdicts[kind] = "cheap"
         return self._noted(call, output, name)
 
-    def _run_not_worth(self, call: _Invocation, name: str, limit_s: float) -> Any:
+    def _run_alone(self, call: _Invocation, name: str, verdict: Verdict) -> Any:
         self._count(call, "run")
-        if limit_s in (_NEVER, _FAILED):
-            return self._run_unknown(call)
-        if limit_s == _VIEW:
+        if verdict == "cheap":
+            return self._noted(call, self._run_checked(call), name)
+        if verdict == "view":
             return self._noted_view(call, call.run(), name)
-        started = time.perf_counter()
-        output = self._run_checked(call)
-        if time.perf_counter() - started > _WORTH_ANOTHER_LOOK * limit_s:
-            self._not_worth.pop(call.kind, None)
-        return self._noted(call, output, name)
+        return self._run_unknown(call)
 
     def _count(self, call: _Invocation, what: str) -> None:
         counter = f"{'transforms' if call.is_transform else 'fits'}_{what}"
@@ -404,7 +391,7 @@ class Sharer:
             whole = self._inside.get(call.path.rpartition("__")[0])
             return None if whole is None else derived(whole, columns)
         known = self._data.get(id(call.args[0]))
-        if known is None:
+        if known is None or known[0]() is not call.args[0]:
             return None
         if self._is_fitted and self._parts.get(id(call.args[0])) not in (None, content_or_none(call.args[0])):
             # A scorer changed the data that the next one gets.
@@ -413,7 +400,7 @@ class Sharer:
 
     def _note(self, value: Any, identity: str) -> None:
         if value is not None:
-            self._data[id(value)] = (value, identity)
+            self._data[id(value)] = (_reference_to(value), identity)
 
     def _noted(self, call: _Invocation, output: Any, identity: str) -> Any:
         """Return what a method returned; its identity is known if what the method got is still known."""
@@ -460,7 +447,7 @@ class Sharer:
     # ---- the shelf
 
     @contextlib.contextmanager
-    def _taken_or_claimed(self, name: str, kind: _Kind) -> Iterator[Effects | float | None]:
+    def _taken_or_claimed(self, name: str, kind: _Kind) -> Iterator[Effects | Verdict | None]:
         """Give what is on the shelf; None to who is to make it, while others wait; or why it is not worth sharing.
 
         Who fails, or keeps nothing, leaves word of it: the others must not try one after the other.
@@ -479,20 +466,21 @@ class Sharer:
                 yield None
             finally:
                 if not any(one.name == name for one in self.held[n_held:]):
-                    self._shelf.put(name, pack(self._not_worth.get(kind, _FAILED)))
+                    self._shelf.put(name, pack(self._verdicts.get(kind, "failed")))
 
-    def _taken(self, name: str, kind: _Kind) -> Effects | float | None:
+    def _taken(self, name: str, kind: _Kind) -> Effects | Verdict | None:
         started = time.perf_counter()
         try:
             found = self._shelf.take(name, mapped=self._mapped)
         except Exception:
             # It cannot be rebuilt from its pickle, or not be read: then it is made again.
-            return self._not_worth.setdefault(kind, _NEVER)
+            return self._verdicts.setdefault(kind, "never")
         if found is None:
             # Another thread of this process may have found something out meanwhile.
-            return self._not_worth.get(kind)
-        if isinstance(found, float):
-            return found if found == _FAILED else self._not_worth.setdefault(kind, found)
+            return self._verdicts.get(kind)
+        if isinstance(found, str):
+            verdict: Verdict = found  # type: ignore[assignment]
+            return verdict if verdict == "failed" else self._verdicts.setdefault(kind, verdict)
         taken = Effects(*found)
         self.counts.seconds_saved += taken.seconds - (time.perf_counter() - started)
         return taken
@@ -553,6 +541,14 @@ def _take_out(estimator: Any) -> dict[str, Any]:
     for name in taken_out:
         attributes.pop(name, None)
     return taken_out
+
+
+def _reference_to(value: Any) -> Callable[[], Any]:
+    """Return what returns an object: weakly, so that a task holds no more data than without us."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
 
 
 def _all_inside(container: Any) -> Iterator[Any]:
