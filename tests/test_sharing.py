@@ -888,3 +888,26 @@ def test_the_tasks_of_a_prefix_run_one_after_the_other(log):
     assert report.fits_shared == 5 * 8
     # All 8 folds and 40 results would take some 44 MB.
     assert report.nbytes_shared < 20_000_000
+
+
+@pytest.mark.parametrize("step", ["without fit_transform", "a view beside others"])
+def test_what_follows_a_step_that_is_not_kept_is_shared_still(hybrid, log, step):
+    if step == "a view beside others":
+        union = FeatureUnion([("same", FunctionTransformer()), ("step", Counting(log))])
+        pipeline, grid = one_step(union), {"step__transformer_weights": [None, {"same": 2}], **DEPTHS}
+    else:
+        pipeline = Pipeline([("cheap", Cheap()), ("step", Counting(log)), ("tree", TREE)])
+        grid = DEPTHS
+    check_search(hybrid, pipeline, grid, scoring=["accuracy", "neg_log_loss"])
+    lines = counts(log)
+    n_candidates = 6 if "transformer_weights" in str(grid) else 3
+    assert fits(lines) == 3 * n_candidates + 3
+
+
+class Cheap(BaseEstimator):
+    def fit(self, X, y=None):
+        self.n_ = len(X)
+        return self
+
+    def transform(self, X):
+        return X + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import shutil
 import socket
 import uuid
@@ -57,7 +58,10 @@ class SharedFits:
         folders = tuple(default_store().make_folders(config.temp_folder))
         limit = config.share_fits_nbytes
         if limit is None:
-            limit = int(min(memory_nbytes() * _MEMORY_FRACTION, shutil.disk_usage(folders[0]).free * _FREE_FRACTION))
+            # A search inside of a task has its part of the cores, and of this.
+            part = config.cores / (os.cpu_count() or 1) if config.cores else 1.0
+            free = shutil.disk_usage(folders[0]).free
+            limit = int(min(memory_nbytes() * _MEMORY_FRACTION * min(1.0, part), free * _FREE_FRACTION))
         self.ledger = Ledger(limit)
         self._call = SharedCall(uuid.uuid4().hex, folders, limit, socket.gethostname())
         self._shelf = Shelf(folders)

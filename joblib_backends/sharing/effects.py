@@ -189,9 +189,12 @@ def content_or_none(value: Any) -> bytes | None:
 
 
 def _arrays_of(value: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield the arrays that a value consists of; pandas sees to it that views are not written through."""
+    """Yield the arrays that a value consists of."""
     if isinstance(value, np.ndarray):
         yield value
+    elif type(value).__module__.startswith("pandas") and hasattr(value, "to_numpy"):
+        columns = [column for _, column in value.items()] if hasattr(value, "columns") else [value]
+        yield from (np.asarray(column) for column in columns if isinstance(getattr(column, "dtype", None), np.dtype))
     elif type(value).__module__.startswith("scipy.sparse"):
         for part in vars(value).values():
             parts = part if isinstance(part, tuple) else (part,)

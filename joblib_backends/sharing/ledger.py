@@ -5,6 +5,7 @@ Pure bookkeeping of identities: nothing here knows what a prefix is, or where it
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ class Ledger:
         Best is one whose prefixes are all there. Next is one that computes the fewest new ones. Last is one that would
         wait for what another computes.
         """
-        best, rank_of_best = 0, (len(self._uses) + 1, 0)
+        best = 0
+        rank_of_best: tuple[float, float] = (math.inf, math.inf)
         with self._lock:
             for position, prefixes in enumerate(candidates):
                 rank = self._rank(prefixes)

@@ -113,9 +113,9 @@ def _format_exc() -> str:
     return sklearn_inside.format_exc_without(_OWN_FILES)
 
 
-#: Why everyone runs a method alone: it takes less time than to share it; it returns a view, whose owner must be the
-#: task's own; it cannot be shared; it failed, this time.
-Verdict = Literal["cheap", "view", "never", "failed"]
+#: Why everyone runs a method alone: what it does was not kept, since to share it takes longer, or there is no room; it
+#: returns a view, whose owner must be the task's own; it cannot be shared; it failed, this time.
+Verdict = Literal["not kept", "view", "never", "failed"]
 
 #: What pickle and copy ask an object for.
 STATE: Final = "__getstate__"
@@ -202,9 +202,10 @@ class Sharer:
         # By address, objects whose content has an identity: what returns the object, if it is still there.
         self._data: dict[int, tuple[Callable[[], Any], str]] = {}
         self._y: Any = None
-        # What a container got, for the steps inside; and what a step was fitted on, with its attributes then.
+        # What a container got, for the steps inside; and of a step that was fitted what it is and what it got, with its
+        # attributes then.
         self._inside: dict[str, str] = {}
-        self._fitted: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._fitted: dict[str, tuple[str, str, dict[str, Any]]] = {}
         # Contents of the parts of the fold, which the scorer may change: it is anybody's code.
         self._parts: dict[int, bytes | None] = {}
         self._is_fitted = False
@@ -217,7 +218,8 @@ class Sharer:
         is_train, fold = train_indices is None, self._hint.fold
         name = fold if is_train else derived(fold, "test")
         cut = functools.partial(sklearn_inside.cut_fold, estimator, X, y, indices, train_indices)
-        part = self._cut_or_taken(cut, name, ("", "cut", None))
+        # Apart: a test part may be too small to be worth it, where the training part is not.
+        part = self._cut_or_taken(cut, name, ("", "training part" if is_train else "test part", None))
         self._note(part[0], name)
         if self._watches_data:
             self._parts[id(part[0])] = content_or_none(part[0])
@@ -233,7 +235,7 @@ class Sharer:
                 started = time.perf_counter()
                 part = cut()
                 if not self._keep(name, self._hint.fold, Effects(time.perf_counter() - started, part), None):
-                    self._verdicts[kind] = "cheap"
+                    self._verdicts[kind] = "not kept"
                 return part
         return taken.output if isinstance(taken, Effects) else cut()
 
@@ -307,36 +309,42 @@ class Sharer:
         if token is None:
             return self._run_checked(call)
         fitted = derived(data, token)
-        output = self._shared(call, fitted, fitted)
+        output = self._shared(call, fitted, fitted, fitted)
         if call.path in self._inside:
-            self._fitted[call.path] = (fitted, _attributes(call.estimator))
+            self._fitted[call.path] = (fitted, data, _attributes(call.estimator))
         return output
 
     def _transform(self, call: _Invocation) -> Any:
         data = self._data_of(call)
-        fitted, attributes = self._fitted.get(call.path, ("", {}))
+        fitted, fitted_on, attributes = self._fitted.get(call.path, ("", "", {}))
         if data is None or call.kwargs or len(call.args) > 1 or not _are_same(attributes, _attributes(call.estimator)):
             return self._run_unknown(call)
         self._inside[call.path] = data
-        return self._shared(call, fitted, derived(fitted, data))
+        name = derived(fitted, data)
+        # Without a fit_transform this is the second half of it, and what it returns is what the fitted step makes.
+        is_second_half = data == fitted_on and sklearn_inside.fit_name(call.estimator) == "fit"
+        return self._shared(call, fitted, name, fitted if is_second_half else name)
 
-    def _shared(self, call: _Invocation, fitted: str, name: str) -> Any:
-        """Take what a method would do from the shelf, or run it, and put there what it does."""
+    def _shared(self, call: _Invocation, fitted: str, name: str, identity: str) -> Any:
+        """Take what a method would do from the shelf, or run it, and put there what it does.
+
+        ``name`` is that on the shelf, ``identity`` that of the data that is returned.
+        """
         if fitted not in self._hint.uses:
-            return self._noted(call, self._run_checked(call), name)
+            return self._noted(call, self._run_checked(call), identity)
         kind = (call.path, call.method.name, self._hint.steps[call.path].token)
         if kind in self._verdicts:
-            return self._run_alone(call, name, self._verdicts[kind])
+            return self._run_alone(call, identity, self._verdicts[kind])
         with self._taken_or_claimed(name, kind) as taken:
             if taken is None:
-                return self._run_and_keep(call, kind, fitted, name)
+                return self._run_and_keep(call, kind, fitted, name, identity)
         if not isinstance(taken, Effects):
-            return self._run_alone(call, name, taken)
+            return self._run_alone(call, identity, taken)
         self._count(call, "shared")
         output = taken.apply(call.estimator, self._thawer)
         if not call.is_transform:
             self._continue_inside(call.estimator, call.path)
-        return self._noted(call, output, name)
+        return self._noted(call, output, identity)
 
     def _continue_inside(self, container: Any, path: str) -> None:
         """Let the fitted steps in a container that was taken be shared too: it may get other data than was seen yet."""
@@ -345,10 +353,10 @@ class Sharer:
             if place is not None:
                 self._replace_step(part, f"{path}__{name}")
                 if place.fitted is not None:
-                    self._fitted[f"{path}__{name}"] = (place.fitted, _attributes(part))
+                    self._fitted[f"{path}__{name}"] = (place.fitted, "", _attributes(part))
                 self._continue_inside(part, f"{path}__{name}")
 
-    def _run_and_keep(self, call: _Invocation, kind: _Kind, fitted: str, name: str) -> Any:
+    def _run_and_keep(self, call: _Invocation, kind: _Kind, fitted: str, name: str, identity: str) -> Any:
         self._count(call, "run")
         n_forgotten = self._n_forgotten
         with self._restored_inside(call.estimator):
@@ -362,17 +370,17 @@ class Sharer:
                 return output
             if observation.returned_a_view:
                 self._verdicts[kind] = "view"
-                return self._noted_view(call, output, name)
+                return self._noted_view(call, output, identity)
             if not self._keep(name, fitted, done, call.estimator):
-                self._verdicts[kind] = "cheap"
-        return self._noted(call, output, name)
+                self._verdicts[kind] = "not kept"
+        return self._noted(call, output, identity)
 
-    def _run_alone(self, call: _Invocation, name: str, verdict: Verdict) -> Any:
+    def _run_alone(self, call: _Invocation, identity: str, verdict: Verdict) -> Any:
         self._count(call, "run")
-        if verdict == "cheap":
-            return self._noted(call, self._run_checked(call), name)
+        if verdict == "not kept":
+            return self._noted(call, self._run_checked(call), identity)
         if verdict == "view":
-            return self._noted_view(call, call.run(), name)
+            return self._noted_view(call, call.run(), identity)
         return self._run_unknown(call)
 
     def _count(self, call: _Invocation, what: str) -> None:
@@ -393,9 +401,10 @@ class Sharer:
         known = self._data.get(id(call.args[0]))
         if known is None or known[0]() is not call.args[0]:
             return None
-        if self._is_fitted and self._parts.get(id(call.args[0])) not in (None, content_or_none(call.args[0])):
-            # A scorer changed the data that the next one gets.
-            return None
+        if self._is_fitted and id(call.args[0]) in self._parts:
+            # A scorer may have changed the data that the next one gets.
+            content = self._parts[id(call.args[0])]
+            return known[1] if content is not None and content == content_or_none(call.args[0]) else None
         return known[1]
 
     def _note(self, value: Any, identity: str) -> None:
@@ -409,12 +418,16 @@ class Sharer:
         return output
 
     def _noted_view(self, call: _Invocation, output: Any, identity: str) -> Any:
-        """Return an output that is a part of the input: only one of them can be followed from here."""
-        if "__" in call.path:
-            # The container's other parts get the same input.
-            self._forget_all()
-        else:
+        """Return an output that is a part of the input: who changes it from here on changes both.
+
+        In a container that is noticed, because each part is compared before and after. What comes after the steps of
+        the pipeline itself is not compared: there only the output is followed on.
+        """
+        if "__" not in call.path:
             self._data.pop(id(call.args[0]), None)
+        elif output is call.args[0]:
+            # For the other parts of a FeatureUnion it is what it was.
+            return output
         return self._noted(call, output, identity)
 
     def _forget_all(self) -> None:
@@ -434,8 +447,10 @@ class Sharer:
 
     def _run_checked(self, call: _Invocation) -> Any:
         """Run a method; what is known stays known if the method leaves its input as it is."""
-        if "__" not in call.path and not any(path.startswith(f"{call.path}__") for path in self._hint.steps):
-            # Nobody else gets the input of a step of the pipeline itself, but a score of the training data.
+        is_inside = "__" in call.path
+        is_container = any(path.startswith(f"{call.path}__") for path in self._hint.steps)
+        if not is_inside and not is_container and call.method.name == "fit_transform":
+            # Nobody else gets its input but a score of the training data: it is sooner forgotten than compared.
             self._data.pop(id(call.args[0]), None)
             return call.run()
         before = content_or_none(call.args)
