@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import shutil
 import socket
@@ -25,6 +26,8 @@ from .steps import Step, TaskSteps, all_steps, derived, steps_of
 from .task import Counted, Counts, Hint, Place, SharedCall, SharedFit
 
 __all__ = ["SharedFits"]
+
+_log = logging.getLogger(__name__)
 
 #: Share of the machine's memory that may be held for others.
 _MEMORY_FRACTION: Final = 0.1
@@ -107,8 +110,9 @@ class SharedFits:
             has_metadata = bool(given["fit_params"])
             steps = self._steps_of_candidate(given["estimator"], given["parameters"], has_metadata)
             return TaskSteps.of(self._fold(callee, given), steps) if steps else None
-        except Exception:
+        except Exception as error:
             # In code of the user, a set_params or a get_params: it will fail again where it is expected to.
+            _log.debug("A task shares nothing, because its steps cannot be told: %s", error)
             return None
 
     def _steps_of_candidate(

@@ -198,7 +198,7 @@ class Sharer:
         self._verdicts = workplace.verdicts
         self._mapped = mapped
         self._watches_data = watches_data
-        self._replaced: list[tuple[str, Any]] = []
+        self._replaced: list[Any] = []
         # By address, objects whose content has an identity: what returns the object, if it is still there.
         self._data: dict[int, tuple[Callable[[], Any], str]] = {}
         self._y: Any = None
@@ -246,7 +246,7 @@ class Sharer:
         for name in names:
             if hasattr(estimator, name):
                 vars(estimator)[name] = _Method(self, estimator, path, name)
-        self._replaced.append((path, estimator))
+        self._replaced.append(estimator)
 
     def _replace_step(self, transformer: Any, path: str) -> None:
         if path not in self._hint.steps:
@@ -257,9 +257,7 @@ class Sharer:
 
     def restore(self, candidate: Any) -> None:
         """Give all objects their own methods back."""
-        for _, estimator in self._replaced:
-            _take_out(estimator)
-        for estimator in (candidate, *_all_inside(candidate)):
+        for estimator in (*self._replaced, candidate, *_all_inside(candidate)):
             _take_out(estimator)
         self._replaced.clear()
 
