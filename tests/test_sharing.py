@@ -911,3 +911,23 @@ class Cheap(BaseEstimator):
 
     def transform(self, X):
         return X + 1
+
+
+@pytest.mark.parametrize("tier", ["inline"])
+def test_what_a_container_prints_is_printed_for_each_candidate(hybrid, log, capsys):
+    columns = ColumnTransformer([("inner", Counting(log), [0, 1])], verbose=True)
+    printed = []
+    for backend in (lambda: joblib.parallel_backend("sequential"), hybrid):
+        with backend():
+            search(one_step(columns), DEPTHS).fit(X, y)
+        printed.append(capsys.readouterr().out.count("Processing inner"))
+    assert printed == [9, 9]
+    assert fits(counts(log)) == 9 + 3
+
+
+@pytest.mark.parametrize("tier", ["inline"])
+def test_a_cache_deep_inside_is_left_to_itself(hybrid, log, tmp_path):
+    inner = Pipeline([("step", Counting(log))], memory=str(tmp_path / "cache"))
+    with hybrid():
+        search(one_step(ColumnTransformer([("inner", inner, [0, 1])])), DEPTHS).fit(X, y)
+    assert joblib_backends.last_report().fits_shared == 0
