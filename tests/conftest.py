@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 import joblib_backends
+from joblib_backends.crew import Crew
 from joblib_backends.data.store import default_store
 from joblib_backends.profile import Profile
 from joblib_backends.workers.pool import WorkerPool
@@ -74,6 +75,16 @@ def _works_afterwards(request):
 
 
 @pytest.fixture(autouse=True)
+def _no_task_goes_on():
+    """Wait for tasks that a failed call left running in threads.
+
+    scikit-learn runs each under warning filters of its own, and what it puts back at the end is what it found.
+    """
+    yield
+    assert eventually(lambda: len(own_threads("crew")) <= len(Crew.shared()._roster.idle))
+
+
+@pytest.fixture(autouse=True)
 def _nothing_learned():
     """Let no test decide by what another one's tasks took."""
     Profile._shared = Profile(None)
@@ -86,8 +97,8 @@ def _environment_unchanged():
     assert {name: value for name, value in os.environ.items() if name.startswith("JOBLIB")} == before
 
 
-def own_threads():
-    return {t for t in threading.enumerate() if t.name.startswith("joblib_backends")}
+def own_threads(kind=""):
+    return {t for t in threading.enumerate() if t.name.startswith(f"joblib_backends{kind and '-'}{kind}")}
 
 
 def own_processes():
