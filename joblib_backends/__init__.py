@@ -18,8 +18,10 @@ from .errors import (
     ConfigurationError,
     HybridError,
     MissingDependencyError,
+    RecoveryWarning,
     StoreError,
     TaskPicklingError,
+    TaskTimeoutError,
     WorkerLostError,
 )
 from .report import CallReport, last_report
@@ -34,8 +36,10 @@ __all__ = [
     "HybridBackend",
     "HybridError",
     "MissingDependencyError",
+    "RecoveryWarning",
     "StoreError",
     "TaskPicklingError",
+    "TaskTimeoutError",
     "WorkerLostError",
     "last_report",
     "register_tier",

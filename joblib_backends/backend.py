@@ -18,7 +18,7 @@ import queue
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from joblib import parallel as joblib_parallel
 from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend
@@ -28,13 +28,17 @@ from .batches import BatchFuture, Callback
 from .budget import available_cores, cores_per_task, is_daemonic, resolve_n_jobs
 from .config import Config
 from .context import Context
-from .errors import ConfigurationError
+from .errors import ClusterUnavailableError, ConfigurationError
 from .pilot import Pilot
 from .profile import Profile
+from .recovery import warn
 from .report import record
 from .rules import Facts, choose_tier
 from .scheduler import Call
 from .tiers import load_tier, tier_names
+
+if TYPE_CHECKING:
+    from .checkpoint.call import CallCheckpoint
 
 __all__ = ["HybridBackend"]
 
@@ -83,7 +87,20 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
     initargs : tuple, default=()
         Its arguments.
     wait_for_workers : float, default=10.0
-        Seconds to wait for a Dask scheduler and its first worker.
+        Seconds to wait for a Dask scheduler and its first worker, and for which a cluster may be without any later.
+    security : distributed.Security, optional
+        Certificates for a `scheduler` that wants TLS. By default those of Dask's own configuration.
+    fallback : bool, default=True
+        Whether a call goes on on this machine, with a :class:`RecoveryWarning`, when its Dask cluster cannot be
+        reached, ends, or has no worker any more. False makes that an error.
+    retries : int, default=2
+        How often a batch is run again whose worker died: alone the last time. After that it is given up.
+    task_timeout : float, optional
+        Seconds that one task may run. Then its worker is replaced and the task given up; its thread is left to itself
+        with ``tier="threads"``. By default a task may run for ever.
+    checkpoint : str or path, optional
+        File in which the results of finished tasks are kept. The same script, run again, runs only what is not there.
+        One file may serve many calls, and several processes at a time.
     idle_worker_timeout : float, default=300.0
         Seconds after which an idle process worker ends.
     share_fits : bool, default=True
@@ -105,6 +122,9 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
 
     Notes
     -----
+    A task that is given up gets the ``error_score`` of its search, with a warning, where that is a number. Any other
+    call ends with :class:`WorkerLostError` or :class:`TaskTimeoutError`, which names it, when all other tasks are done.
+
     Thread-safe. What was placed and the workers that were started are kept for the next call while the ``with``
     block (or whoever holds the backend) lasts, and are gone after it.
 
@@ -168,6 +188,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             config.tier,
             idle_worker_timeout=config.idle_worker_timeout,
             cores=config.cores,
+            retries=config.retries,
             share_fits=config.share_fits,
             share_fits_nbytes=config.share_fits_nbytes,
         )
@@ -196,7 +217,12 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         plan = choose_tier(self._facts)
         if n_jobs == 1 or plan.tier == "inline" or self._is_local_choice():
             return resolve_n_jobs(n_jobs, available_cores(self._call_config))
-        capacity = load_tier(plan.tier).capacity(self._call_config)
+        try:
+            capacity = load_tier(plan.tier).capacity(self._call_config)
+        except ClusterUnavailableError:
+            if not self._call_config.fallback:
+                raise
+            return resolve_n_jobs(n_jobs, available_cores(self._call_config))
         resolved = resolve_n_jobs(n_jobs, capacity)
         return min(resolved, capacity) if self._is_capped() else resolved
 
@@ -238,12 +264,27 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         _check_sharedmem(config, require, options)
         self._call_config = config
         self._facts = self._observe(config, prefer, require)
+        if n_jobs != 1:
+            self._leave_missing_cluster()
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
         self._nested = (self._make_nested(workers), None)
         self._workers = workers
         return workers
+
+    def _leave_missing_cluster(self) -> None:
+        """Plan the call without its Dask cluster if that cannot be reached."""
+        config, tier = self._call_config, choose_tier(self._facts).tier
+        if tier != "dask":
+            return
+        try:
+            load_tier(tier).capacity(config)
+        except ClusterUnavailableError as error:
+            if not config.fallback:
+                raise
+            self._facts = dataclasses.replace(self._facts, cluster_is_lost=True)
+            warn(f"The call runs on this machine (fallback=False makes this an error). {error}")
 
     def _bound_to(self, parallel: Any) -> HybridBackend:
         bound = object.__new__(type(self))  # not copy.copy, which would go through __reduce__
@@ -276,6 +317,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             tier=tier,
             idle_worker_timeout=config.idle_worker_timeout,
             cores=cores,
+            retries=config.retries,
             share_fits=config.share_fits,
             share_fits_nbytes=limit,
         )
@@ -297,6 +339,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             self._facts,
             caller_waits=parallel.return_as == "list",
             has_timeout=parallel.timeout is not None,
+            has_task_timeout=config.task_timeout is not None,
             n_jobs=self._workers,
             cores=available_cores(config),
         )
@@ -312,7 +355,19 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             more_to_come=functools.partial(_more_to_come, self._parallel_ref),
             is_lazy=functools.partial(_is_lazy, self._parallel_ref),
             take_more=functools.partial(_take_more, self._parallel_ref),
+            dispatch_next=functools.partial(_dispatch_next, self._parallel_ref),
+            checkpoint=self._open_checkpoint(),
         )
+
+    def _open_checkpoint(self) -> CallCheckpoint | None:
+        # Calls inside a task are part of it.
+        path = None if self.nesting_level else self._call_config.checkpoint
+        if path is None:
+            return None
+        from .checkpoint.call import CallCheckpoint, ContextCheckpoint
+
+        shared = ContextCheckpoint.of(self._context.warm, path)
+        return None if shared is None else CallCheckpoint(shared)
 
     def _widen_pre_dispatch(self) -> None:
         # joblib reads the attribute after start_call. It is set for each call, so it needs no setting back.
@@ -389,7 +444,18 @@ def _take_more(parallel_ref: Callable[[], Any]) -> bool:
     if "".join(str(parallel.pre_dispatch).split()) not in _OPEN_PRE_DISPATCH:
         # The user has decided how much of the input may exist at a time.
         return False
-    parallel.dispatch_next()
+    return _dispatch_next(parallel_ref)
+
+
+def _dispatch_next(parallel_ref: Callable[[], Any]) -> bool:
+    """Take the next tasks of the input now; return whether there may be more. ``submit`` is called for them."""
+    parallel = parallel_ref()
+    if parallel is None or parallel._aborting or parallel._original_iterator is None:
+        return False
+    with parallel._lock:
+        # Race: a callback in another thread may have come to the end of the input meanwhile.
+        if parallel._original_iterator is not None:
+            parallel.dispatch_next()
     _raise_failure(parallel)
     return parallel._original_iterator is not None
 

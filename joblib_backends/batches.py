@@ -5,6 +5,7 @@ Pure bookkeeping: nothing here runs a task, or waits but for the lock.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import time
@@ -19,7 +20,7 @@ from .rules import Plan
 from .sharing.ledger import Ledger, Prefixes
 from .tiers import Tier
 
-__all__ = ["Batch", "BatchFuture", "BatchQueue", "Callback"]
+__all__ = ["Batch", "BatchFuture", "BatchQueue", "Callback", "Parts"]
 
 #: Batches at the head of the queue among which the best to start next is chosen: they are sorted by prefix.
 _CHOICE: Final = 256
@@ -38,17 +39,65 @@ class BatchFuture(Future[list[Any]]):
         self.ready: list[Any] | None = None
 
 
+class Parts:
+    """The results of a batch whose tasks do not all run together. Filled by one thread at a time."""
+
+    def __init__(self, size: int) -> None:
+        self.results: list[Any] = [None] * size
+        self.n_left = size
+
+    def put(self, positions: Sequence[int], results: Sequence[Any]) -> bool:
+        """Take the results of the tasks at ``positions``; return whether all are there."""
+        for position, result in zip(positions, results, strict=True):
+            self.results[position] = result
+        self.n_left -= len(positions)
+        return not self.n_left
+
+
 class Batch:
-    """A batch until it is done."""
+    """A batch, or a part of one, until it is done.
+
+    Parameters
+    ----------
+    future : BatchFuture
+        Of the whole batch.
+    function : callable
+        What runs: joblib's batch, with its tasks as ``items``, or any callable.
+    nested : tuple
+        The backend, and n_jobs, for Parallel calls inside the tasks.
+    first_task : int
+        The position of its first task among those of the call.
+    parts : Parts, optional
+        Where results go if this is a part, and ``positions``, which tasks of the whole these are.
+    """
 
     __slots__ = (
-        "function", "future", "is_mixed", "n_together", "nested", "payload", "plan", "prefixes", "runs", "started",
-        "steps", "tier",
+        "first_task", "function", "future", "is_alone", "is_mixed", "keys", "n_lost", "n_replaced", "n_together",
+        "nested", "parts", "payload", "plan", "positions", "prefixes", "runs", "size", "started", "steps", "tier",
     )  # fmt: skip
 
-    def __init__(self, future: BatchFuture, function: Callable[[], Any], nested: Nested) -> None:
+    def __init__(
+        self,
+        future: BatchFuture,
+        function: Callable[[], Any],
+        nested: Nested,
+        first_task: int = 0,
+        parts: Parts | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> None:
         self.future = future
         self.function = function
+        self.first_task = first_task
+        self.parts = parts
+        self.positions: Sequence[int] = range(future.size) if positions is None else positions
+        self.size = len(self.positions)
+        # What its tasks are known by in a checkpoint.
+        self.keys: Sequence[Any] = ()
+        # How many workers died over it, and how often its data was placed again; whether it is to run when nothing
+        # else does.
+        self.n_lost = 0
+        self.n_replaced = 0
+        self.is_alone = False
         # What a worker is given to run: the same, or the same with what it shares with others.
         self.runs = function
         # Of each task the steps that others may have too; and their identities.
@@ -63,6 +112,28 @@ class Batch:
         # How many ran when it ended, and whether anything ran on another tier since it was started.
         self.n_together = 1
         self.is_mixed = False
+
+    @property
+    def items(self) -> list[Any]:
+        """The tasks: (function, args, kwargs); empty for a callable that is no batch of joblib's."""
+        return list(getattr(self.function, "items", None) or ())
+
+    def split(self, groups: Sequence[Sequence[int]]) -> list[Batch]:
+        """Return a batch for each group of tasks, given by their places in this one, which then is never run itself."""
+        parts = self.parts or Parts(self.size)
+        pieces = []
+        for group in groups:
+            function: Any = copy.copy(self.function)
+            function.items = [self.items[place] for place in group]
+            positions = [self.positions[place] for place in group]
+            piece = Batch(self.future, function, self.nested, self.first_task, parts, positions)
+            piece.n_lost = self.n_lost
+            if self.keys:
+                piece.keys = [self.keys[place] for place in group]
+            if self.steps:
+                piece.steps = [self.steps[place] for place in group]
+            pieces.append(piece)
+        return pieces
 
 
 class BatchQueue:
@@ -100,6 +171,16 @@ class BatchQueue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether any batch was started and is not done."""
+        return bool(self._running)
+
+    def runs_on(self, name: str) -> bool:
+        """Return whether the batches that run were handed to the tier of that name."""
+        with self._lock:
+            return any(tier is not None and tier.name == name and n > 0 for tier, n in self._n_running_on.items())
 
     @property
     def is_closed(self) -> bool:
@@ -156,17 +237,25 @@ class BatchQueue:
     def _has_next(self, in_caller: bool, looks_ahead: bool) -> bool:
         if not self._waiting:
             return False
-        tier = self._waiting[0].tier
+        first = self._waiting[0]
+        tier = first.tier
         assert tier is not None
         if tier.runs_in_caller != in_caller:
+            return False
+        if self._running and (first.is_alone or self._one_runs_alone()):
             return False
         if not looks_ahead or (self._as_completed and tier.binds_early) or self._runs_elsewhere(tier):
             return len(self._running) < self._n_jobs
         return len(self._running) < self._n_jobs + tier.look_ahead
 
+    def _one_runs_alone(self) -> bool:
+        return len(self._running) == 1 and next(iter(self._running)).is_alone
+
     def _bring_best_forward(self, ledger: Ledger) -> None:
         tier = self._waiting[0].tier
-        head = [batch for batch in itertools.islice(self._waiting, _CHOICE) if batch.tier is tier]
+        if self._waiting[0].is_alone:
+            return
+        head = [b for b in itertools.islice(self._waiting, _CHOICE) if b.tier is tier and not b.is_alone]
         best = head[ledger.best(batch.prefixes for batch in head)]
         if best is not self._waiting[0]:
             self._waiting.remove(best)
@@ -185,6 +274,25 @@ class BatchQueue:
                 self.ledger.put_back(batch.prefixes)
             if not self._is_closed:
                 self._waiting.appendleft(batch)
+
+    def put_again(self, batch: Batch, pieces: Sequence[Batch]) -> None:
+        """Let what was lost of a finished batch wait again: first, or last where it is to run alone."""
+        with self._lock:
+            if self.ledger is not None:
+                self.ledger.put_back(batch.prefixes)
+            if self._is_closed:
+                return
+            for piece in reversed(pieces):
+                piece.started = 0.0
+                if piece.is_alone:
+                    self._waiting.append(piece)
+                else:
+                    self._waiting.appendleft(piece)
+
+    def limit(self, n_jobs: int) -> None:
+        """Run fewer batches at once from now on."""
+        with self._lock:
+            self._n_jobs = min(self._n_jobs, n_jobs)
 
     def finish(self, batch: Batch) -> None:
         """Note that a batch is done."""
@@ -214,4 +322,4 @@ class BatchQueue:
         now = time.perf_counter()
         with self._lock:
             others = [other for other in self._running if other is not batch]
-            return [1.0 - (now - one.started) / (task_s * one.future.size) if task_s else 1.0 for one in others]
+            return [1.0 - (now - one.started) / (task_s * one.size) if task_s else 1.0 for one in others]

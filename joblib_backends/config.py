@@ -61,6 +61,21 @@ class Config:
     #: Seconds after which an idle process worker ends; joblib's loky backend uses the same.
     idle_worker_timeout: float = 300.0
 
+    #: How often a batch is run again whose worker died; Dask's own ``allowed-failures`` is of that order.
+    retries: int = 2
+
+    #: Seconds that one task may run before its worker is replaced; None lets it run.
+    task_timeout: float | None = None
+
+    #: Whether a call goes on on this machine when its Dask cluster is gone or does not answer.
+    fallback: bool = True
+
+    #: TLS certificates for ``scheduler``, a ``distributed.Security``; None is what Dask's configuration says.
+    security: Any = None
+
+    #: The file in which finished tasks are kept for the next run; None keeps none.
+    checkpoint: str | os.PathLike[str] | None = None
+
     #: Whether the common pipeline steps of a search's candidates are fitted once.
     share_fits: bool = True
 
@@ -81,7 +96,15 @@ class Config:
     cores: int | None = None
 
     def __post_init__(self) -> None:
-        checks = (_check_tier, _check_scatter, _check_cluster, _check_numbers, _check_initializer, _check_placing)
+        checks = (
+            _check_tier,
+            _check_scatter,
+            _check_cluster,
+            _check_numbers,
+            _check_initializer,
+            _check_placing,
+            _check_recovery,
+        )
         for check in checks:
             check(self)
 
@@ -195,6 +218,10 @@ _READERS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "inner_max_num_threads": (_whole_number, "a whole number of at least 1"),
     "wait_for_workers": (float, "a number of seconds"),
     "idle_worker_timeout": (float, "a number of seconds"),
+    "retries": (_whole_number, "a whole number of at least 0"),
+    "task_timeout": (float, "a number of seconds"),
+    "fallback": (_yes_or_no, "1 or 0"),
+    "checkpoint": (str, "the path of a file"),
     "share_fits": (_yes_or_no, "1 or 0"),
     "share_fits_nbytes": (_whole_number, "a number of bytes"),
 }
@@ -287,8 +314,10 @@ def _check_numbers(config: Config) -> None:
     threads = config.inner_max_num_threads
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise ConfigurationError(f"inner_max_num_threads is {threads!r}, but must be a whole number of at least 1.")
-    for name in ("wait_for_workers", "idle_worker_timeout"):
+    for name in ("wait_for_workers", "idle_worker_timeout", "task_timeout"):
         seconds = getattr(config, name)
+        if seconds is None and name == "task_timeout":
+            continue
         if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds > 0:
             raise ConfigurationError(f"{name} is {seconds!r}, but must be a number of seconds greater than 0.")
 
@@ -323,3 +352,23 @@ def _check_placing(config: Config) -> None:
     allowed = ("r", "c", "r+", "w+")
     if config.mmap_mode is not None and config.mmap_mode not in allowed:
         raise ConfigurationError(f"mmap_mode is {config.mmap_mode!r}, but must be None or one of {allowed}.")
+
+
+def _check_recovery(config: Config) -> None:
+    retries = config.retries
+    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+        raise ConfigurationError(f"retries is {retries!r}, but must be a whole number of at least 0.")
+    if not isinstance(config.fallback, bool):
+        raise ConfigurationError(f"fallback is {config.fallback!r}, but must be True or False.")
+    if config.security is not None and not hasattr(config.security, "get_connection_args"):
+        raise ConfigurationError(
+            f"security is {config.security!r}, but must be a distributed.Security: give the paths of the certificates "
+            "as Security(tls_ca_file=..., tls_client_cert=..., tls_client_key=..., require_encryption=True)."
+        )
+    if config.checkpoint is not None and not isinstance(config.checkpoint, str | os.PathLike):
+        raise ConfigurationError(f"checkpoint is {config.checkpoint!r}, but must be None or the path of a file.")
+    if config.task_timeout is not None and config.tier == "inline":
+        raise ConfigurationError(
+            f"task_timeout={config.task_timeout!r} cannot be kept with tier='inline', where tasks run in the calling "
+            "thread, which nobody can stop: use tier='processes', or leave one of the two out."
+        )

@@ -6,12 +6,19 @@
      ├── ConfigurationError          (ValueError)       a parameter or environment variable is wrong
      ├── MissingDependencyError      (ImportError)      an extra is not installed
      ├── ClusterUnavailableError     (TimeoutError)     no Dask scheduler or no worker in time
+     ├── ClusterLostError            (ConnectionError)  a Dask cluster went away with batches on it
      ├── StoreError                  (OSError)          no place has room for a buffer
      ├── TaskPicklingError           (PicklingError)    a function or argument cannot travel
      ├── TaskLoadError               (RuntimeError)     a worker cannot rebuild a task
      ├── ResultPicklingError         (PicklingError)    a result or exception cannot travel back
      ├── BatchTimeoutError           (TimeoutError)     joblib's timeout is over
-     └── WorkerLostError             (BrokenExecutor)   a worker died while it ran a batch
+     ├── TaskTimeoutError            (TimeoutError)     one task ran longer than task_timeout
+     ├── DataLostError               (OSError)          what a batch refers to is gone from where it was placed
+     ├── WorkerLostError             (BrokenExecutor)   a worker died while it ran a batch
+     └── CheckpointError             (OSError)          a checkpoint file cannot be used
+
+    RecoveryWarning                  (UserWarning)      something was lost, and what was done about it
+     └── CheckpointWarning                              a call goes on without its checkpoint
 
     RemoteTraceback                  the ``__cause__`` of an exception that a worker raised
 
@@ -27,15 +34,21 @@ from pickle import PicklingError
 
 __all__ = [
     "BatchTimeoutError",
+    "CheckpointError",
+    "CheckpointWarning",
+    "ClusterLostError",
     "ClusterUnavailableError",
     "ConfigurationError",
+    "DataLostError",
     "HybridError",
     "MissingDependencyError",
+    "RecoveryWarning",
     "RemoteTraceback",
     "ResultPicklingError",
     "StoreError",
     "TaskLoadError",
     "TaskPicklingError",
+    "TaskTimeoutError",
     "WorkerLostError",
 ]
 
@@ -84,8 +97,58 @@ class BatchTimeoutError(HybridError, multiprocessing.TimeoutError, TimeoutError)
     """
 
 
+class TaskTimeoutError(HybridError, TimeoutError):
+    """A task ran longer than ``task_timeout``; its worker was replaced."""
+
+
+class DataLostError(HybridError, FileNotFoundError):
+    """A file that a batch refers to is gone. Users see it only if it is gone again each time it is placed."""
+
+
+class ClusterLostError(HybridError, ConnectionError):
+    """A Dask cluster went away, or lost all its workers, with batches on it; with ``fallback=False`` the call ends."""
+
+
 class WorkerLostError(HybridError, BrokenExecutor):
-    """A worker died while it ran a batch."""
+    """A worker died while it ran a batch, more often than ``retries`` allows.
+
+    Attributes
+    ----------
+    exit_code : int or None
+        The exit code of the last worker, negative for a signal; None where it is not known.
+    peak_nbytes : int or None
+        The most memory that this worker had used, in bytes; None where it is not known.
+    n_deaths : int
+        How many workers died over the batch since it was last handed to the tier; 0 if none could be had for it.
+    how : str
+        How the last one ended, in words.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        exit_code: int | None = None,
+        peak_nbytes: int | None = None,
+        n_deaths: int = 1,
+        how: str = "it was lost",
+    ) -> None:
+        super().__init__(*args)
+        self.how = how
+        self.exit_code = exit_code
+        self.peak_nbytes = peak_nbytes
+        self.n_deaths = n_deaths
+
+
+class RecoveryWarning(UserWarning):
+    """Something was lost while a call ran: a worker, data, a cluster. The call goes on."""
+
+
+class CheckpointError(HybridError, OSError):
+    """A checkpoint file cannot be used."""
+
+
+class CheckpointWarning(RecoveryWarning):
+    """A checkpoint cannot be used or written; the call goes on without it."""
 
 
 class RemoteTraceback(Exception):

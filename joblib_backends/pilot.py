@@ -44,6 +44,10 @@ _STARTUP_S: Final = 0.3
 _STARTUP_WITH_SKLEARN_S: Final = 1.2
 
 
+#: Kinds of tasks over which workers of this process died: they never run in it.
+_deadly: Final[set[str]] = set()
+
+
 class _Missed:
     """Seconds that the calls of this process lost because no workers were there; many short calls make a long one."""
 
@@ -155,6 +159,8 @@ class Pilot:
             self.plan = self._planner.plan
             if self.adapts:
                 kind = kind_of(function, self._facts.n_jobs)
+                if kind.name in _deadly:
+                    self._facts = dataclasses.replace(self._facts, kills_workers=True)
                 known = None if self._profile is None else self._profile.lookup(kind.name)
                 self._kind = kind.name
                 self._planner = CallPlanner(self._facts, known, kind.nbytes)
@@ -169,7 +175,7 @@ class Pilot:
 
     def _trust_matters(self) -> bool:
         facts = self._facts
-        return facts.tier == "auto" and not (facts.prefer or facts.require or facts.cluster or facts.is_daemonic)
+        return facts.chooses and not (facts.prefer or facts.require or facts.wants_cluster or facts.is_daemonic)
 
     def plan_for(self, function: Callable[[], Any]) -> Plan:
         """Return the plan for one batch: that of the call, unless this batch must not run beside others here."""
@@ -281,6 +287,23 @@ class Pilot:
                 self._decide(progress)
             self.planning_s += time.thread_time() - started
             return self.plan.tier != before
+
+    def lost_worker(self) -> None:
+        """Note that a worker died over a task: from now on none runs in this process, unless that was asked for."""
+        with self._lock:
+            if self._kind:
+                _deadly.add(self._kind)
+            self._restrict(kills_workers=True)
+
+    def leave_cluster(self) -> None:
+        """Go on without the cluster, which is lost."""
+        with self._lock:
+            self._restrict(cluster_is_lost=True)
+
+    def _restrict(self, **facts: Any) -> None:
+        self._facts = dataclasses.replace(self._facts, **facts)
+        self._planner.restrict(self._facts)
+        self.plan = self._planner.plan
 
     def _is_alone(self, function: Callable[[], Any]) -> bool:
         """Return whether no other batch of the call may run in this process beside ``function``."""

@@ -240,7 +240,7 @@ class CallPlanner:
 
     def _begin(self) -> Plan:
         """Return the plan while nothing is known: what is allowed, safe, and costs nothing to start."""
-        if self._facts.cluster is not None or "inline" not in self._allowed:
+        if self._facts.wants_cluster or "inline" not in self._allowed:
             return choose_tier(self._facts)
         return Plan("inline", "nothing was known of its tasks, so the calling thread began with them")
 

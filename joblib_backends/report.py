@@ -51,6 +51,13 @@ class CallReport:
         Seconds that what was shared took when it ran, less what it took to pass it on; those of folds included.
     nbytes_shared : int
         The most bytes that were held for it at a time.
+    retries : int
+        Batches that were run again, because a worker died, or data or a cluster was gone.
+    lost_workers : int
+        Workers that died over batches of the call, as far as the tier tells; a Dask scheduler repeats tasks itself
+        first.
+    tasks_restored : int
+        Tasks of ``tasks`` whose results came from the checkpoint and did not run.
     """
 
     function: str
@@ -73,6 +80,9 @@ class CallReport:
     transforms_shared: int = 0
     seconds_saved: float = 0.0
     nbytes_shared: int = 0
+    retries: int = 0
+    lost_workers: int = 0
+    tasks_restored: int = 0
 
     def __str__(self) -> str:
         outcome = "failed after" if self.failed else "done in"
@@ -83,6 +93,10 @@ class CallReport:
             f"  reason {self.reason}\n"
             f"  bytes  {moved} moved, {saved} not moved again, {readable_nbytes(self.nbytes_pickled)} pickled"
         )
+        if self.retries or self.lost_workers:
+            text += f"\n  faults {self.lost_workers} workers lost, {self.retries} batches run again"
+        if self.tasks_restored:
+            text += f"\n  kept   {self.tasks_restored} of {self.tasks} tasks were in the checkpoint"
         if not self.fits_run + self.fits_shared:
             return text
         n_fits, n_transforms = self.fits_run + self.fits_shared, self.transforms_run + self.transforms_shared
@@ -107,6 +121,9 @@ class Tally:
     nbytes_moved: int = 0
     nbytes_pickled: int = 0
     nbytes_saved: int = 0
+    retries: int = 0
+    lost_workers: int = 0
+    tasks_restored: int = 0
     started: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -130,6 +147,18 @@ class Tally:
             if succeeded:
                 self.tasks += n_tasks
                 self.batches += 1
+
+    def add_fault(self, *, retries: int = 0, lost_workers: int = 0) -> None:
+        """Count what was lost and is run again."""
+        with self._lock:
+            self.retries += retries
+            self.lost_workers += lost_workers
+
+    def add_restored(self, n_tasks: int) -> None:
+        """Count tasks that need not run."""
+        with self._lock:
+            self.tasks += n_tasks
+            self.tasks_restored += n_tasks
 
     def explain(self, reasons: dict[str, str]) -> None:
         """Put better reasons in the place of those of tiers that were used."""
@@ -155,6 +184,9 @@ class Tally:
             failed=failed,
             predicted_seconds=predicted_seconds,
             planning_seconds=planning_seconds,
+            retries=self.retries,
+            lost_workers=self.lost_workers,
+            tasks_restored=self.tasks_restored,
         )
 
 

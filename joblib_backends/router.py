@@ -6,6 +6,7 @@ Thread-safe. One lock guards the open tiers; another is held while a batch is en
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from .report import Tally
 from .tiers import Tier, load_tier
 
 __all__ = ["Nested", "Router"]
+
+_log = logging.getLogger(__name__)
 
 Nested = tuple[Any, int | None]
 
@@ -100,6 +103,18 @@ class Router:
             assert self._encoder is not None
             self._tally.add_payload(self._encoder.scatter(values), 0, 0)
             self._warm[key] = True
+
+    def place_again(self, batch_payload: Payload) -> None:
+        """Have what a batch refers to, and is not there any more, placed anew when the batch is next encoded."""
+        n_lost = self._scope.store.forget_lost(batch_payload.residents)
+        _log.debug("%d of %d residents of a batch are gone", n_lost, len(batch_payload.residents))
+
+    def leave_cluster(self, n_jobs: int) -> bool:
+        """Open tiers for fewer jobs from now on; return whether batches can go there."""
+        with self._encoding, self._lock:
+            self._n_jobs = min(self._n_jobs, n_jobs)
+            # What is on the cluster only is lost with it.
+            return self._encoder is None or not self._encoder.has_references
 
     def abort(self) -> None:
         """Give up what runs and waits on every tier."""

@@ -34,6 +34,12 @@ class Facts:
         Whether the calling thread waits for all results; one that consumes a generator has other things to do.
     has_timeout : bool
         Whether it waits for so long only: a task that it runs itself cannot be left behind.
+    has_task_timeout : bool
+        Whether each task may run for so long only: where it runs, it must be possible to end it.
+    kills_workers : bool
+        Whether a worker died over such tasks: in this process they would end it.
+    cluster_is_lost : bool
+        Whether the cluster is gone, and the call goes on without it.
     n_jobs, cores : int
         Batches that may run at once, and cores of this machine to run them on.
     """
@@ -48,13 +54,27 @@ class Facts:
     is_nested: bool = False
     caller_waits: bool = True
     has_timeout: bool = False
+    has_task_timeout: bool = False
+    kills_workers: bool = False
+    cluster_is_lost: bool = False
     n_jobs: int = 2
     cores: int = 2
 
     @property
     def wants_cluster(self) -> bool:
         """Whether calls without a demand for shared memory go to a cluster."""
-        return self.tier == "dask" or (self.tier == "auto" and self.cluster is not None)
+        is_wanted = self.tier == "dask" or (self.tier == "auto" and self.cluster is not None)
+        return is_wanted and not self.cluster_is_lost
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the tier is left to rules and cost."""
+        return self.tier == "auto" or (self.tier == "dask" and self.cluster_is_lost)
+
+    @property
+    def needs_processes(self) -> bool:
+        """Whether tasks must run where they can be ended, or end, without this process."""
+        return self.has_task_timeout or self.kills_workers
 
 
 @dataclass(frozen=True)
@@ -76,13 +96,13 @@ def choose_tier(facts: Facts) -> Plan:
         return Plan(tier, "require='sharedmem' needs the parent's memory")
     if facts.is_daemonic and facts.tier == "processes":
         return Plan("threads", "this process is a daemon, which may not start the processes that were asked for")
-    if facts.tier != "auto":
+    if not facts.chooses:
         return Plan(facts.tier, f"tier={facts.tier!r} was asked for")
     return _choose_automatically(facts)
 
 
 def _choose_automatically(facts: Facts) -> Plan:
-    if facts.cluster is not None:
+    if facts.cluster is not None and not facts.cluster_is_lost:
         return Plan("dask", facts.cluster)
     if facts.prefer == "threads":
         return Plan("threads", "prefer='threads' was asked for")
@@ -90,6 +110,9 @@ def _choose_automatically(facts: Facts) -> Plan:
         return Plan("threads", "this process is a daemon, which may not start processes")
     if facts.prefer == "processes":
         return Plan("processes", "prefer='processes' was asked for")
+    if facts.needs_processes:
+        why = "a task may take too long" if facts.has_task_timeout else "a worker died over such a task"
+        return Plan("processes", f"{why}, and only a process can be ended alone")
     if facts.trusted_on_threads:
         return Plan("threads", "the function and all it works on come from scikit-learn, or are marked thread_safe")
     return Plan("processes", "the function is not known to be safe on threads")
@@ -101,8 +124,11 @@ def allowed_tiers(facts: Facts) -> tuple[str, ...]:
     The calling thread is allowed where it waits, for as long as it takes: there a task runs as with ``n_jobs=1``.
     """
     chosen = choose_tier(facts).tier
-    if facts.tier != "auto" or not facts.caller_waits or (chosen == "dask" and facts.cluster_was_given):
+    if not facts.chooses or not facts.caller_waits or facts.cluster_is_lost:
+        return (chosen,)
+    if chosen == "dask" and facts.cluster_was_given:
         return (chosen,)
     may_leave = chosen == "threads" and facts.prefer is None and facts.require is None
     elsewhere = ("processes",) if may_leave and not facts.is_daemonic and not facts.is_nested else ()
-    return (*(() if facts.has_timeout else ("inline",)), chosen, *elsewhere)
+    keeps_caller = not facts.has_timeout and not facts.needs_processes
+    return (*(("inline",) if keeps_caller else ()), chosen, *elsewhere)

@@ -22,6 +22,10 @@ Batches start when there is one for each job, or when the caller comes to wait f
 among how many the cores are to be shared. A search whose candidates have steps in common starts when all of it is
 known, or what can be had of it in a moment: then tasks that need the same run one after the other (``sharing/``).
 
+A batch that is lost, with its worker, its data or its cluster, comes back to the queue, whole or task by task
+(``recovery.py``); one that is given up ends the call when everything else of it is done. Batches whose results are in
+the checkpoint never reach the queue.
+
 Invariants, each tested:
 
 - Every future that joblib holds ends exactly once: with its results, or with the failure of the call.
@@ -35,21 +39,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .batches import Batch, BatchFuture, BatchQueue, Callback
 from .budget import Share, available_cores, cores_for_batch, cores_per_task
 from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
-from .errors import BatchTimeoutError
+from .errors import BatchTimeoutError, DataLostError, WorkerLostError
+from .memory import MemoryWatch
 from .pilot import Pilot
 from .randomness import task_randomness
+from .recovery import Step, failed_results, failure_of, is_fault, next_step, pieces_of, warn
 from .relief import Relief
 from .report import CallReport, Tally
 from .router import Nested, Router
@@ -67,12 +74,21 @@ _LOOK_INTERVAL_S: Final = 0.010
 #: Seconds for which the first batches are held back at most, while the user's generator yields.
 _HOLD_S: Final = 0.002
 
+#: Seconds of a call before it looks at memory, which takes 30 µs: short calls need not.
+_NO_LOOK_AT_MEMORY_S: Final = 0.1
+
 #: Seconds, and tasks, that are spent at most on taking the tasks of a search from its generator before any starts.
 _GATHER_S: Final = 0.25
 _GATHER_TASKS: Final = 20_000
 _GATHER_UNKNOWN: Final = 64
 
+if TYPE_CHECKING:
+    # SQLite takes 3 ms to import, which only calls with a checkpoint pay.
+    from .checkpoint.call import CallCheckpoint
+
 GetOutcome = Callable[[], Outcome]
+
+_log = logging.getLogger(__name__)
 
 
 class Call:
@@ -98,6 +114,10 @@ class Call:
         Returns whether to take a task from the input runs code of the user, which may draw random numbers.
     take_more : callable, optional
         Takes the next tasks from the input now, and returns whether to go on with that.
+    dispatch_next : callable, optional
+        The same where the user has fixed how much of the input may exist at a time.
+    checkpoint : CallCheckpoint, optional
+        Where finished tasks are kept, and looked for before they run.
 
     Notes
     -----
@@ -118,6 +138,8 @@ class Call:
         more_to_come: Callable[[bool], bool] = lambda came: not came,
         is_lazy: Callable[[], bool] = lambda: True,
         take_more: Callable[[], bool] = lambda: False,
+        dispatch_next: Callable[[], bool] = lambda: False,
+        checkpoint: CallCheckpoint | None = None,
     ) -> None:
         self._config = config
         self._n_jobs = n_jobs
@@ -128,6 +150,13 @@ class Call:
         self._more_to_come = more_to_come
         self._is_lazy = is_lazy
         self._take_more = take_more
+        self._dispatch_next = dispatch_next
+        self._checkpoint = checkpoint
+        # The failure of a batch that was given up, kept until everything else is done; and the futures of all such.
+        self._deferred: BaseException | None = None
+        self._given_up: set[BatchFuture] = set()
+        self._has_left_cluster = False
+        self._n_submitted_tasks = 0
         self._tally = Tally(n_jobs)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
@@ -165,29 +194,59 @@ class Call:
     def submit(self, function: Callable[[], Any], callback: Callback | None, nested: Nested) -> BatchFuture:
         """Start a batch or let it wait for its turn; a batch that cannot travel fails the call, not this method."""
         future = BatchFuture(callback, len(function) if hasattr(function, "__len__") else 1)
-        batch = Batch(future, function, nested)
+        batch = Batch(future, function, nested, self._n_submitted_tasks)
         with self._lock:
             self._unfinished.add(future)
             self._n_pending_tasks += future.size
+            self._n_submitted_tasks += future.size
+        try:
+            pieces = self._to_run(batch)
+        except BaseException as error:
+            self._enqueue(batch, functools.partial(_raise, error))
+            pieces = []
+        for piece in pieces:
+            self._submit_piece(piece)
+        self._end_if_call_failed(future)
+        return future
+
+    def _to_run(self, batch: Batch) -> list[Batch]:
+        """Return what of a batch is to run: all, or what no checkpoint knows; task by task if each has its time."""
+        if self._checkpoint is not None:
+            batch.keys = self._checkpoint.keys_of(batch.items)
+            known = self._checkpoint.recall(batch.keys)
+            self._tally.add_restored(len(known))
+            if len(known) == batch.size:
+                results = [known[place] for place in range(batch.size)]
+                self._enqueue(batch, functools.partial(_same, Outcome(results, None)))
+                return []
+            if known:
+                left = [place for place in range(batch.size) if place not in known]
+                [rest] = batch.split([left])
+                assert rest.parts is not None
+                rest.parts.put(list(known), list(known.values()))
+                with self._lock:
+                    self._n_pending_tasks -= len(known)
+                batch = rest
+        if self._config.task_timeout is not None and batch.size > 1:
+            return batch.split([[place] for place in range(batch.size)])
+        return [batch]
+
+    def _submit_piece(self, batch: Batch) -> None:
         try:
             self._meet(batch)
             if self._sharing is not None and self._is_held:
                 self._hold(batch)
-                self._end_if_call_failed(future)
-                return future
+                return
             self._share(batch)
             self._make_ready(batch)
         except BaseException as error:
-            self._enqueue(batch, functools.partial(Outcome, None, error))
-            self._end_if_call_failed(future)
-            return future
+            self._enqueue(batch, functools.partial(_raise, error))
+            return
         if self._joblib_polls and batch.tier is not None and batch.tier.runs_in_caller:
             # In this form joblib asks for no result before it is there: the completer is the caller.
             self._enqueue(batch, functools.partial(self._run_if_wanted, batch))
         else:
             self._wait_for_turn(batch)
-        self._end_if_call_failed(future)
-        return future
 
     def _meet(self, batch: Batch) -> None:
         """Find out what the call is, by its first batch, and what this one has in common with others."""
@@ -265,7 +324,7 @@ class Call:
                 self._share(batch)
                 self._make_ready(batch)
             except Exception as error:
-                self._enqueue(batch, functools.partial(Outcome, None, error))
+                self._enqueue(batch, functools.partial(_raise, error))
                 continue
             self._queue.put(batch)
             if len(self._queue) >= self._n_jobs:
@@ -307,6 +366,8 @@ class Call:
         self._caller_came = True
         if self._is_held:
             self._release()
+        if self._deferred is not None:
+            self._end_if_nothing_else_is_left()
         end = None if timeout is None else time.monotonic() + timeout
         wait = self._complete_until if self._caller_completes else self._wait_until
         if wait(future, end):
@@ -359,6 +420,8 @@ class Call:
                 self._router.close()
                 if self._sharing is not None:
                     self._sharing.close()
+            if self._checkpoint is not None:
+                self._checkpoint.end(failed=failed)
             # Only now: Ctrl-C before leaves all of it, which may be done twice, to the next ``end``.
             self._ended = True
             self._tally.explain(self._pilot.end(failed=failed))
@@ -404,7 +467,7 @@ class Call:
         work = self._work(batch, tier)
         if not self._pilot.adapts:
             return tier.outcome(tier.submit(work))
-        guards, size = self._pilot.guards(batch.function), batch.future.size
+        guards, size = self._pilot.guards(batch.function), batch.size
         # The user's generator must not draw from the tasks' random numbers: no completer beside such a task at first.
         draws_apart = guards and self._is_lazy() and self._more_to_come(self._caller_came)
         with (
@@ -431,10 +494,18 @@ class Call:
     def _may_start(self, *, in_caller: bool) -> bool:
         # What is handed over cannot be taken back: nothing is, before there is anything to go by.
         looks_ahead = not self._pilot.has_seen_nothing
-        return not self._is_held and self._queue.has_next(in_caller=in_caller, looks_ahead=looks_ahead)
+        if self._is_held or not self._queue.has_next(in_caller=in_caller, looks_ahead=looks_ahead):
+            return False
+        return not self._memory_is_short()
+
+    def _memory_is_short(self) -> bool:
+        """Return whether a batch more, beside those that run here, might have the kernel kill something."""
+        if not self._queue.is_running or time.perf_counter() - self._first_submit < _NO_LOOK_AT_MEMORY_S:
+            return False
+        return not self._queue.runs_on("dask") and MemoryWatch.shared().is_short
 
     def _start_next(self, *, in_caller: bool) -> Batch | None:
-        if self._is_held:
+        if not self._may_start(in_caller=in_caller):
             return None
         return self._queue.start_next(in_caller=in_caller, looks_ahead=not self._pilot.has_seen_nothing)
 
@@ -562,40 +633,164 @@ class Call:
         running = self._relief.running
         if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=running, in_caller=in_caller):
             return
-        for batch in self._queue.waiting:
-            if self._queue.is_closed:
-                return
-            try:
-                self._make_ready(batch)
-            except BaseException as error:
-                self._fail(error, batch.future)
+        self._place_waiting(only_here=False)
         self._feed()
         self._tell_caller()
 
     def _complete(self, batch: Batch, get_outcome: GetOutcome) -> None:
+        fault: BaseException | None
         try:
             outcome = get_outcome()
-            if self._sharing is not None and outcome.results is not None:
-                outcome = dataclasses.replace(
-                    outcome, results=self._finish_shared(self._sharing, batch, outcome.results)
-                )
+            # Never what a task raised: a call inside it has faults of its own.
+            fault = outcome.error if isinstance(outcome.error, DataLostError) else None
+            if self._sharing is not None and outcome.results is not None and batch.tier is not None:
+                results = self._finish_shared(self._sharing, batch, outcome.results)
+                outcome = dataclasses.replace(outcome, results=results)
         except BaseException as error:
             outcome = Outcome(None, error)
-        future, succeeded = batch.future, outcome.error is None
+            fault = error if is_fault(error) else None
+        if fault is not None and batch.future in self._unfinished:
+            self._recover(batch, fault)
+        elif outcome.error is not None:
+            self._note_end(batch, outcome)
+            if batch.future in self._unfinished:
+                self._fail(outcome.error, batch.future)
+        else:
+            self._finish(batch, outcome)
+
+    def _finish(self, batch: Batch, outcome: Outcome) -> None:
+        """Take the results of a batch, and deliver them if nothing else belongs to them."""
+        results = outcome.results or []
+        if self._checkpoint is not None and batch.keys and batch.tier is not None:
+            self._checkpoint.keep(batch.keys, batch.items, results, outcome.spent.wall)
+        self._note_end(batch, outcome)
+        if batch.parts is not None:
+            if not batch.parts.put(batch.positions, results):
+                self._replan()
+                return
+            results = batch.parts.results
         with self._lock:
-            self._n_pending_tasks -= future.size
-            is_wanted = future in self._unfinished
-            if succeeded:
-                self._unfinished.discard(future)
-        self._tally.add_end(future.size, outcome.spent.wall, succeeded=succeeded)
-        if succeeded and batch.plan is not None:
-            size, busy_s, together = future.size, self._queue.busy_seconds(), batch.n_together
-            self._pilot.observe(batch.plan.tier, size, outcome.spent, busy_s, together, is_mixed=batch.is_mixed)
-        if is_wanted and outcome.error is not None:
-            self._fail(outcome.error, future)
-        elif is_wanted:
-            self._deliver(future, outcome.results or [])
+            is_wanted = batch.future in self._unfinished
+            self._unfinished.discard(batch.future)
+        if is_wanted:
+            self._deliver(batch.future, results)
             self._replan()
+            if self._deferred is not None:
+                self._end_if_nothing_else_is_left()
+
+    def _note_end(self, batch: Batch, outcome: Outcome) -> None:
+        """Count a batch that runs no more, and learn from it if it ran."""
+        with self._lock:
+            self._n_pending_tasks -= batch.size
+        if batch.plan is None:
+            return
+        succeeded = outcome.error is None
+        self._tally.add_end(batch.size, outcome.spent.wall, succeeded=succeeded)
+        if succeeded and outcome.spent.wall:
+            size, busy_s, together = batch.size, self._queue.busy_seconds(), batch.n_together
+            self._pilot.observe(batch.plan.tier, size, outcome.spent, busy_s, together, is_mixed=batch.is_mixed)
+
+    # ---- what was lost
+
+    def _recover(self, batch: Batch, fault: BaseException) -> None:
+        """Have a batch that was lost run again, or give it up."""
+        if isinstance(fault, WorkerLostError):
+            self._tally.add_fault(lost_workers=fault.n_deaths)
+        step = next_step(batch, fault, self._config)
+        _log.debug("A batch of %s was lost, %s: %s", self._tally.function, step, fault)
+        try:
+            if step == "give up":
+                self._give_up(batch, failure_of(batch, fault, self._config))
+            elif step == "fail" or (step == "leave the cluster" and not self._leave_cluster(fault)):
+                self._note_end(batch, Outcome(None, fault))
+                self._fail(fault, batch.future)
+            else:
+                self._run_again(batch, step)
+        except BaseException as error:
+            self._fail(error, batch.future)
+
+    def _run_again(self, batch: Batch, step: Step) -> None:
+        """Let a batch wait for another turn, with its data placed anew if that may be gone."""
+        pieces = [batch]
+        if step == "run again":
+            self._pilot.lost_worker()
+            self._place_waiting(only_here=True)
+            pieces = pieces_of(batch, self._config)
+        if batch.payload is not None:
+            # A worker that reads from a file that was cut short is killed for it.
+            self._router.place_again(batch.payload)
+        self._tally.add_fault(retries=1)
+        was_started = bool(batch.started)
+        for piece in pieces:
+            piece.payload, piece.started = None, 0.0
+            if self._sharing is not None and piece is not batch:
+                piece.prefixes = self._sharing.prefixes_of(piece.steps)
+                self._share(piece)
+            self._make_ready(piece)
+        if was_started:
+            self._queue.put_again(batch, pieces)
+        else:
+            for piece in pieces:
+                self._queue.put(piece)
+        self._feed()
+        self._tell_caller()
+
+    def _leave_cluster(self, fault: BaseException) -> bool:
+        """Send everything to the local tiers from now on; return whether that is possible."""
+        if self._has_left_cluster:
+            return True
+        n_jobs = min(self._n_jobs, self._cores)
+        if not self._router.leave_cluster(n_jobs):
+            return False
+        self._has_left_cluster = True
+        self._n_jobs = n_jobs
+        self._queue.limit(n_jobs)
+        self._pilot.leave_cluster()
+        self._place_waiting(only_here=False)
+        warn(f"The Dask cluster was lost, and the call goes on with {n_jobs} jobs on this machine: {fault}")
+        return True
+
+    def _give_up(self, batch: Batch, failure: BaseException) -> None:
+        """End a batch that cannot be had: with a score that says so, or with the call, once all else is done."""
+        if self._sharing is not None and batch.tier is not None:
+            self._sharing.give_up(batch.prefixes)
+        results = failed_results(batch, failure)
+        if results is not None:
+            warn(f"A task of a search was given up and gets its error_score: {failure}")
+            batch.keys = ()  # the next run may have more luck
+            self._finish(batch, Outcome(results, None))
+            self._feed()
+            return
+        self._note_end(batch, Outcome(None, failure))
+        with self._lock:
+            self._deferred = self._deferred or failure
+            self._given_up.add(batch.future)
+        self._feed()
+        # joblib dispatches the next tasks when some are done, which these never will be.
+        self._dispatch_next()
+        self._end_if_nothing_else_is_left()
+
+    def _end_if_nothing_else_is_left(self) -> None:
+        """End the call with what was given up, if that is all that is left of it."""
+        if not (self._caller_came or self._joblib_polls):
+            return  # it dispatches still, and comes here then
+        while self._unfinished <= self._given_up:
+            if not self._dispatch_next():
+                assert self._deferred is not None
+                self._fail(self._deferred, next(iter(self._given_up), None))
+                return
+
+    def _place_waiting(self, *, only_here: bool) -> None:
+        """Send batches that wait where the plan now says: all, or those that would run in this process."""
+        for batch in self._queue.waiting:
+            if self._queue.is_closed:
+                return
+            if only_here and (batch.tier is None or not batch.tier.shares_memory):
+                continue
+            try:
+                self._make_ready(batch)
+            except BaseException as error:
+                self._fail(error, batch.future)
 
     def _finish_shared(self, sharing: SharedFits, batch: Batch, results: list[Any]) -> list[Any]:
         if not self._more_to_come(self._caller_came):
@@ -633,3 +828,7 @@ class Call:
 
 def _same(outcome: Outcome) -> Outcome:
     return outcome
+
+
+def _raise(error: BaseException) -> Outcome:
+    raise error

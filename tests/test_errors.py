@@ -24,6 +24,7 @@ from joblib_backends.errors import (
     ConfigurationError,
     HybridError,
     MissingDependencyError,
+    RecoveryWarning,
     RemoteTraceback,
     ResultPicklingError,
     TaskLoadError,
@@ -70,6 +71,7 @@ FIELD = {
     "ImportError": ImportError,
     "TimeoutError": TimeoutError,
     "OSError": OSError,
+    "ConnectionError": ConnectionError,
     "RuntimeError": RuntimeError,
     "PicklingError": pickle.PicklingError,
     "BrokenExecutor": concurrent.futures.BrokenExecutor,
@@ -77,7 +79,9 @@ FIELD = {
 
 
 def test_the_docstring_draws_every_error():
-    assert {"HybridError", "RemoteTraceback", *TREE} == set(errors.__all__)
+    warned = {"RecoveryWarning", "CheckpointWarning"}
+    assert {"HybridError", "RemoteTraceback", *warned, *TREE} == set(errors.__all__)
+    assert all(re.search(rf" {name} ", errors.__doc__) for name in warned)
 
 
 @pytest.mark.parametrize("name", TREE)
@@ -112,6 +116,11 @@ WRONG = {
     "initargs": [3, "ab"],
     "wait_for_workers": [0, -1, "10", float("nan"), True],
     "idle_worker_timeout": [0, -1, "10", float("nan")],
+    "retries": [-1, 1.5, "2", True],
+    "task_timeout": [0, -1, "10", float("nan"), True],
+    "fallback": ["yes", 1, 0],
+    "security": ["certificate.pem", 3],
+    "checkpoint": [3, b"/tmp/a"],
     "share_fits": ["yes", 1, 0],
     "share_fits_nbytes": [-1, "ten", 1.5, True],
     "max_nbytes": [-1, "ten", "10X", "", True],
@@ -259,9 +268,14 @@ def test_a_scheduler_that_does_not_answer_is_named_with_the_wait():
     address = "tcp://127.0.0.1:9"
     with (
         pytest.raises(ClusterUnavailableError, match=rf"{address}.* within wait_for_workers=0.5 seconds"),
-        parallel_backend("hybrid", scheduler=address, wait_for_workers=0.5, n_jobs=2),
+        parallel_backend("hybrid", scheduler=address, wait_for_workers=0.5, n_jobs=2, fallback=False),
     ):
         Parallel()(delayed(abs)(i) for i in range(4))
+    with (
+        pytest.warns(RecoveryWarning, match=rf"on this machine \(fallback=False .*{address}"),
+        parallel_backend("hybrid", scheduler=address, wait_for_workers=0.5, n_jobs=2),
+    ):
+        assert Parallel()(delayed(abs)(i) for i in range(4)) == [0, 1, 2, 3]
 
 
 def test_an_address_that_is_none_is_refused():
@@ -281,7 +295,7 @@ def test_a_cluster_without_workers_is_named_with_the_wait():
         pytest.raises(
             ClusterUnavailableError, match=r"has had no worker for 0.5 seconds.*wait_for_workers=1"
         ) as caught,
-        parallel_backend("hybrid", client=client, wait_for_workers=0.5, n_jobs=2),
+        parallel_backend("hybrid", client=client, wait_for_workers=0.5, n_jobs=2, fallback=False),
     ):
         Parallel()(delayed(abs)(i) for i in range(4))
     assert cluster.scheduler_address in str(caught.value)

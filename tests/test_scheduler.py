@@ -244,22 +244,34 @@ def test_waiting_for_one_future_raises_the_failure_of_another():
         assert bad.done()
 
 
-def test_a_lost_batch_fails_the_call_with_the_tiers_error():
+def test_a_lost_batch_runs_again():
     with fake_control() as control, open_call() as call:
         control.hold()
         control.lose_next()
         futures = [call.submit(results_of(i), None, NESTED) for i in range(4)]
         control.release()
-        for future in futures:
-            with pytest.raises(WorkerLostError, match="lost a worker"):
-                call.retrieve(future, LONG)
+        assert [call.retrieve(future, LONG) for future in futures] == [[i] for i in range(4)]
+        report = call.end()
+    assert (report.lost_workers, report.retries) == (1, 1)
+    assert len(control.submitted) == 5
+
+
+def test_a_batch_that_is_lost_more_often_than_retries_ends_the_call_when_all_others_are_done():
+    with fake_control() as control, open_call() as call:
+        control.hold()
+        for _ in range(3):
+            control.lose_next()
+        futures = [call.submit(results_of(0), None, NESTED)]
+        control.release()
+        with pytest.raises(WorkerLostError, match=r"copy, task 0 \(0\), died: .* tried 3 times \(retries=2\)"):
+            call.retrieve(futures[0], LONG)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_tier_that_refuses_a_batch_fails_the_call_and_not_submit(form):
     with open_call("test-refusing", form=form) as call:
         future = call.submit(results_of(0), None, NESTED)
-        with pytest.raises(WorkerLostError, match="no worker is left"):
+        with pytest.raises(WorkerLostError, match=r"copy, task 0 \(0\), died: it was lost"):
             call.retrieve(future, LONG)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from joblib_backends.data import store as store_module
 from joblib_backends.data.store import BufferRef, Store, digest_of, map_buffer
-from joblib_backends.errors import StoreError
+from joblib_backends.errors import DataLostError, StoreError
 
 LARGE = 100_000
 
@@ -127,7 +127,7 @@ def test_changes_to_a_shared_mapping_reach_its_other_mappings(store, nbytes):
 def test_a_file_that_is_too_short_is_an_error_and_not_wrong_data(store):
     resident = put(store)
     os.truncate(resident.path, 10)
-    with pytest.raises(StoreError, match=r"shorter than its content"):
+    with pytest.raises(DataLostError, match=r"shorter than its content"):
         map_buffer(resident.ref())
 
 

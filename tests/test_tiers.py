@@ -163,7 +163,7 @@ def test_a_tier_says_what_it_does(name, text):
 
 def test_the_dask_tier_says_what_it_does(dask_client):
     tier = load_tier("dask")(Config(client=dask_client), 2)
-    assert repr(tier).startswith("<DaskTier 0 batches, n_jobs=2, <_Connection <Client: 'tcp://")
+    assert repr(tier).startswith("<DaskTier 0 batches, n_jobs=2, <Connection <Client: 'tcp://")
 
 
 def test_a_backend_says_what_it_is(hybrid, tier):

@@ -106,6 +106,11 @@ class Encoder:
         self._initializer = pickle_initializer(config)
         self._nested: tuple[Any, bytes] | None = None
 
+    @property
+    def has_references(self) -> bool:
+        """Whether something is sent as a reference to what only the cluster has."""
+        return bool(self._references)
+
     def scatter(self, values: Iterable[Any]) -> int:
         """Place every buffer of ``values``, whatever its size, until the scope ends; return the bytes moved.
 
@@ -225,7 +230,8 @@ class Encoder:
         if resident is None and not any_size:
             return None
         digest = digest_of(buffer)
-        if resident is not None and owner is not None and owner() is root and resident.digest == digest:
+        is_known = owner is not None and owner() is root
+        if resident is not None and is_known and resident.digest == digest and not resident.is_lost:
             return resident, 0, False
         resident = self._scope.store.put(buffer, digest, folder=self._config.temp_folder, shared=True)
         living = {k: (owner, r) for k, (owner, r) in self._shared_residents.items() if owner() is not None}

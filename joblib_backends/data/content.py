@@ -4,7 +4,8 @@ Type-strict: 1, 1.0 and True are three values, as are a list and a tuple. Pickle
 with it, two equal values differ when one of them holds the same object twice. What has no content (a live random
 generator, a lock) has no identity.
 
-Identities are compared within a process only: a function that no module holds is known by its address.
+Identities are compared within a process only: a function that no module holds is known by its address. A subclass of
+:class:`ContentPickler` may know code, generators and arrays by more than that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import pickle
 import random
 import sys
+from collections.abc import Collection
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
@@ -23,13 +25,13 @@ import xxhash
 from .arrays import as_memmap_reference
 from .store import digest_of
 
-__all__ = ["NoContentError", "content_of"]
+__all__ = ["PLAIN", "ContentPickler", "NoContentError", "content_of", "is_found_by_name"]
 
 #: Values that change when they are used.
 _GENERATORS: Final = (np.random.RandomState, np.random.Generator, np.random.BitGenerator, random.Random)
 
 #: What pickle writes as it is, without asking anybody; a vocabulary has 100,000 of them.
-_PLAIN: Final = frozenset({str, int, float, complex, bytes, bool, type(None), tuple, list, dict})
+PLAIN: Final = frozenset({str, int, float, complex, bytes, bool, type(None), tuple, list, dict})
 
 #: Containers whose order says nothing.
 _SETS: Final = frozenset({set, frozenset})
@@ -51,34 +53,46 @@ def content_of(value: Any) -> bytes:
     NoContentError
         If something in it has no content: a live random generator, or what cannot be pickled.
     """
-    stream = io.BytesIO()
-    pickler = _ContentPickler(stream, protocol=5)
-    # No memo. It is deprecated because it cannot end on cyclic values; here those are an error, as they should be.
-    pickler.fast = True
-    try:
-        pickler.dump(value)
-    except NoContentError:
-        raise
-    except Exception as error:
-        raise NoContentError(f"A {type(value).__name__} has no content to compare: {error}.") from error
-    return xxhash.xxh3_128_digest(stream.getbuffer())
+    return ContentPickler().digest(value)
 
 
-class _ContentPickler(pickle.Pickler):
-    """Writes what a value is; nothing reads it back. pickle asks for the persistent id of everything, first."""
+class ContentPickler(pickle.Pickler):
+    """Writes what one value is; nothing reads it back. pickle asks for the persistent id of everything, first."""
+
+    def __init__(self) -> None:
+        self._stream = io.BytesIO()
+        super().__init__(self._stream, protocol=5)
+        # No memo. It is deprecated because it cannot end on cyclic values; here those are an error, as they should be.
+        self.fast = True
+
+    def digest(self, value: Any) -> bytes:
+        """Return the identity of ``value``, 16 bytes; to be asked once.
+
+        Raises
+        ------
+        NoContentError
+            If something in it has no content.
+        """
+        try:
+            self.dump(value)
+        except NoContentError:
+            raise
+        except Exception as error:
+            raise NoContentError(f"A {type(value).__name__} has no content to compare: {error}.") from error
+        return xxhash.xxh3_128_digest(self._stream.getbuffer())
 
     def persistent_id(self, value: Any) -> Any:
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             return None
         if kind in _SETS:
-            return kind.__name__, sorted(map(content_of, value))
+            return kind.__name__, self.parts_of_set(value)
         if kind is FunctionType or isinstance(value, type | ModuleType):
-            return _name_of(value)
+            return self.known_code(value)
         if isinstance(value, np.ndarray):
-            return _identity_of_array(value)
+            return self.known_array(value)
         if isinstance(value, _GENERATORS):
-            raise NoContentError(f"A {kind.__name__} changes whenever it is used.")
+            return self.known_generator(value)
         if kind.__module__.startswith("scipy.sparse"):
             # Without what a matrix has found out about itself when it was asked.
             return "sparse", kind, {name: part for name, part in vars(value).items() if not name.startswith("_has_")}
@@ -86,6 +100,22 @@ class _ContentPickler(pickle.Pickler):
             # All of an estimator, whatever its own pickle leaves out.
             return "estimator", kind, {name: _request(name, part) for name, part in vars(value).items()}
         return None
+
+    def parts_of_set(self, values: Collection[Any]) -> Any:
+        """Return the identities of the elements of a set, in an order that does not depend on their hashes."""
+        return sorted(map(content_of, values))
+
+    def known_code(self, value: Any) -> Any:
+        """Return what a function, a class or a module is known by."""
+        return _name_of(value)
+
+    def known_array(self, array: np.ndarray[Any, Any]) -> Any:
+        """Return what an array is known by, or None to let pickle look into its objects."""
+        return _identity_of_array(array)
+
+    def known_generator(self, generator: Any) -> Any:
+        """Return what a live random generator is known by."""
+        raise NoContentError(f"A {type(generator).__name__} changes whenever it is used.")
 
 
 def _request(name: str, value: Any) -> Any:
@@ -97,10 +127,15 @@ def _name_of(value: Any) -> tuple[Any, ...]:
     name = getattr(value, "__qualname__", None)
     if name is None:
         return "module", value.__name__
+    return "code", value.__module__, name, None if is_found_by_name(value) else id(value)
+
+
+def is_found_by_name(value: Any) -> bool:
+    """Return whether the name of a function or class leads to it."""
     found: Any = sys.modules.get(value.__module__)
-    for part in name.split("."):
+    for part in value.__qualname__.split("."):
         found = getattr(found, part, None)
-    return "code", value.__module__, name, None if found is value else id(value)
+    return found is value
 
 
 def _identity_of_array(array: np.ndarray[Any, Any]) -> Any:
@@ -108,7 +143,8 @@ def _identity_of_array(array: np.ndarray[Any, Any]) -> Any:
     reference = as_memmap_reference(array)
     if reference is not None and isinstance(reference[1][0], str):
         # Its file may be larger than memory: not read.
-        return "memmap", os.stat(reference[1][0]).st_mtime_ns, *reference[1]
+        file = os.stat(reference[1][0])
+        return "memmap", file.st_mtime_ns, file.st_size, *reference[1]
     if array.dtype.hasobject or type(array) not in (np.ndarray, np.memmap):
         return None
     # What is hashed is the memory of a contiguous array, so the order of the axes is part of the identity.

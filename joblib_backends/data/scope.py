@@ -11,19 +11,15 @@ append to a deque; the next ``hold`` does the work.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from pathlib import Path
 from typing import Any, Final
 
+from ..memory import memory_nbytes
 from .store import Resident, Store
 
-__all__ = ["ResidentScope", "memory_nbytes"]
-
-#: Where Linux tells what memory a container may use, by the second and by the first version of its control groups.
-_CONTAINER_LIMITS: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+__all__ = ["ResidentScope"]
 
 #: Share of the machine's memory that residents without a living owner may keep, least recently used first out.
 _IDLE_FRACTION: Final = 0.1
@@ -125,19 +121,3 @@ def _can_be_watched(owner: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def memory_nbytes() -> int:
-    """Return the bytes of memory that this machine, or the container around this process, has."""
-    try:
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        physical = 8 << 30
-    return min([physical, *(limit for path in _CONTAINER_LIMITS if (limit := _number_in(path)))])
-
-
-def _number_in(path: str) -> int:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return 0

@@ -22,6 +22,7 @@ import shutil
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -29,7 +30,7 @@ from typing import Any, Final, NamedTuple
 import xxhash
 
 from ..config import temp_folder_from_environment
-from ..errors import StoreError
+from ..errors import DataLostError, StoreError
 
 try:
     import fcntl
@@ -72,18 +73,27 @@ class BufferRef(NamedTuple):
 class Resident:
     """Bytes in a file of the store; the file goes when the object does."""
 
-    __slots__ = ("__weakref__", "_slices", "digest", "nbytes", "path", "shared")
+    __slots__ = ("__weakref__", "_slices", "digest", "is_lost", "nbytes", "path", "shared")
 
     def __init__(self, path: str, nbytes: int, digest: bytes, *, shared: bool = False) -> None:
         self.path = path
         self.nbytes = nbytes
         self.digest = digest
         self.shared = shared
+        #: Whether the file was found missing; then nobody is sent there any more.
+        self.is_lost = False
         self._slices: dict[tuple[int, int], bytes] = {}
         weakref.finalize(self, _remove_file, path, os.getpid()).atexit = False
 
     def __repr__(self) -> str:
         return f"<Resident {self.digest.hex()[:8]} {self.nbytes} B in {self.path}>"
+
+    def is_there(self) -> bool:
+        """Return whether the file is, in its whole length."""
+        try:
+            return os.stat(self.path).st_size >= self.nbytes
+        except OSError:
+            return False
 
     def ref(self, offset: int = 0, nbytes: int | None = None) -> BufferRef:
         """Return how a worker finds this resident, or ``nbytes`` of it from ``offset``."""
@@ -111,15 +121,22 @@ def map_buffer(ref: BufferRef) -> memoryview:
 
     Raises
     ------
-    FileNotFoundError
-        If the file is not on this machine, or was removed.
+    DataLostError
+        If the file is not on this machine, was removed, or is shorter than its content.
     """
-    with open(ref.path, "r+b" if ref.shared else "rb", buffering=0) as file:
+    try:
+        file = open(ref.path, "r+b" if ref.shared else "rb", buffering=0)  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise DataLostError(errno.ENOENT, "The file of a resident is gone; was it deleted?", ref.path) from error
+    with file:
+        # Before it is mapped: to read beyond the end of a file kills a process.
+        if os.fstat(file.fileno()).st_size < ref.offset + ref.nbytes:
+            raise DataLostError(errno.EIO, "The file of a resident is shorter than its content", ref.path)
         if ref.nbytes < _COPY_BELOW and not ref.shared:
             copy = bytearray(ref.nbytes)
             file.seek(ref.offset)
             if file.readinto(copy) != ref.nbytes:
-                raise StoreError(errno.EIO, f"The file of a resident, {ref.path}, is shorter than its content.")
+                raise DataLostError(errno.EIO, "The file of a resident is shorter than its content", ref.path)
             return memoryview(copy)
         start = ref.offset - ref.offset % mmap.ALLOCATIONGRANULARITY
         delta = ref.offset - start
@@ -170,7 +187,7 @@ class Store:
     def find(self, digest: bytes, nbytes: int) -> Resident | None:
         """Return the resident with this content, or None."""
         resident = self._residents.get(digest)
-        return resident if resident is not None and resident.nbytes == nbytes else None
+        return resident if resident is not None and resident.nbytes == nbytes and not resident.is_lost else None
 
     def find_slice(self, address: int, buffer: memoryview, digest: bytes) -> tuple[Resident, int] | None:
         """Return the resident and offset whose bytes equal ``buffer``, a part of memory that was placed whole."""
@@ -178,9 +195,26 @@ class Store:
             offset = address - region.address
             if offset >= 0 and offset + buffer.nbytes <= region.nbytes:
                 resident = region.resident()
-                if resident and resident.slice_digest(offset, buffer.nbytes) == digest:
+                if resident and self._has_slice(resident, offset, buffer.nbytes, digest):
                     return resident, offset
         return None
+
+    def _has_slice(self, resident: Resident, offset: int, nbytes: int, digest: bytes) -> bool:
+        try:
+            return not resident.is_lost and resident.slice_digest(offset, nbytes) == digest
+        except DataLostError:
+            resident.is_lost = True
+            return False
+
+    def forget_lost(self, residents: Iterable[Resident]) -> int:
+        """Send nobody to residents whose files are gone any more; return how many of them there are.
+
+        What refers to them stays as it is. Their content is placed anew when it is next sent.
+        """
+        lost = [resident for resident in residents if not resident.is_there()]
+        for resident in lost:
+            resident.is_lost = True
+        return len(lost)
 
     def covers(self, low: int, high: int) -> bool:
         """Return whether the memory from ``low`` to ``high`` lies inside memory that was placed."""

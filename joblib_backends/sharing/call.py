@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from ..config import Config
 from ..data.content import NoContentError, content_of
-from ..data.scope import memory_nbytes
 from ..data.shelf import Shelf
 from ..data.store import default_store
 from ..errors import StoreError
+from ..memory import memory_nbytes
 from ..thread_safety import innermost
 from . import sklearn_inside
 from .ledger import Held, Ledger, Prefixes
@@ -179,6 +179,10 @@ class SharedFits:
             held += one.held
         self._shelf.remove(self.ledger.finish(prefixes, held))
         return [one.result for one in counted]
+
+    def give_up(self, prefixes: Prefixes) -> None:
+        """Note that a task will never be done; delete what no other needs any more."""
+        self._shelf.remove(self.ledger.finish(prefixes, []))
 
     def figures(self) -> dict[str, Any]:
         """Return what is to be reported, by the names of the report."""

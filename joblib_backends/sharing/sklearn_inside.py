@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import numbers
 import sys
 import traceback
 import warnings
@@ -19,6 +20,7 @@ from ..thread_safety import innermost, root_package
 
 __all__ = [
     "CLONE",
+    "NOT_OF_RESULT",
     "OF_CALLBACKS",
     "TRANSFORM",
     "arguments_of",
@@ -28,6 +30,8 @@ __all__ = [
     "configuration_of",
     "cut_fold",
     "cuts_columns",
+    "description_of",
+    "failed_result",
     "fit_name",
     "fitted_parts_of",
     "format_exc_without",
@@ -35,6 +39,7 @@ __all__ = [
     "is_fit_and_score",
     "is_own_scorer",
     "is_plain_pipeline",
+    "is_seeded",
     "parts_of",
     "transformers_of",
     "transforms_metadata",
@@ -51,6 +56,12 @@ _NAMES_USED: Final = frozenset({"_safe_split", "format_exc", "set_params", "fit"
 _PARAMETERS_USED: Final = frozenset(
     {"estimator", "X", "y", "train", "test", "parameters", "fit_params", "return_estimator"}
 )
+
+#: Arguments that print, tell callbacks, or concern ``fit`` and ``score`` alone.
+_SIDE_EFFECTS: Final = frozenset({"verbose", "callback_ctx", "fit_params", "score_params"})
+
+#: Arguments that do not change the result: how far the search is, what it prints, who is told.
+NOT_OF_RESULT: Final = frozenset({"split_progress", "candidate_progress", "verbose", "caller", "callback_ctx"})
 
 #: How a pipeline fits a transformer: by the first of these that it has.
 _FITS: Final = ("fit_transform", "fit")
@@ -144,6 +155,62 @@ def cut_fold(estimator: Any, X: Any, y: Any, indices: Any, train_indices: Any) -
 
     part: tuple[Any, Any] = _safe_split(estimator, X, y, indices, train_indices)
     return part
+
+
+def description_of(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Return which candidate and fold a task is, for messages; None if it is no task of a search."""
+    if not is_fit_and_score(callee):
+        return None
+    given = arguments_of(callee, args, kwargs)
+    parts = [] if given["parameters"] is None else [f"candidate {given['parameters']!r}"]
+    if given.get("split_progress") is not None:
+        place, n_folds = given["split_progress"]
+        parts.append(f"fold {place + 1} of {n_folds}")
+    return ", ".join(parts) or type(given["estimator"]).__name__
+
+
+def failed_result(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: BaseException) -> Any | None:
+    """Return what the function would return had ``fit`` raised ``error``; None if it would raise it, too.
+
+    Its own code decides: it runs with an estimator that does nothing else.
+    """
+    if not is_fit_and_score(callee):
+        return None
+    given = arguments_of(callee, args, kwargs)
+    if not isinstance(given["error_score"], numbers.Number):
+        return None
+    function = with_globals(
+        innermost(callee),
+        # Of the parts of the data only the length is asked.
+        lambda estimator, X, y, indices, train=None: (indices, None),  # noqa: N803
+        lambda: f"{type(error).__name__}: {error}\n",
+    )
+    silent = {name: 0 if name == "verbose" else None for name in _SIDE_EFFECTS & given.keys()}
+    result = function(**{**given, **silent, "estimator": _Failing(error)})
+    if "estimator" in result:
+        result["estimator"] = given["estimator"]
+    return result
+
+
+def is_seeded(estimator: Any, parameters: Mapping[str, Any] | None) -> bool:
+    """Return whether every random state in an estimator, with its parameters set, is given."""
+    given = {**estimator.get_params(deep=True), **(parameters or {})}
+    nested = [value.get_params(deep=True) for value in (parameters or {}).values() if hasattr(value, "get_params")]
+    states = (value for one in (given, *nested) for name, value in one.items() if name.endswith("random_state"))
+    return all(state is not None for state in states)
+
+
+class _Failing:
+    """Stands for an estimator whose fit was lost."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def set_params(self, **parameters: Any) -> _Failing:
+        return self
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        raise self._error
 
 
 def is_own_scorer(scorer: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from ..budget import available_cores
 from ..config import Config
 from ..data.codec import pickle_initializer
-from ..errors import TaskLoadError, WorkerLostError
+from ..errors import TaskLoadError, TaskTimeoutError, WorkerLostError
 from ..worker import Outcome, run_payload, unpack
 from ..workers.pool import WorkerPool
 from ..workers.preload import packages_of
@@ -58,6 +58,8 @@ class ProcessesTier(Tier):
 
     def __init__(self, config: Config, n_jobs: int) -> None:
         self._n_jobs = n_jobs
+        # A batch has one task where tasks have a time.
+        self._task_timeout = config.task_timeout
         self._pool = _pool_of(config)
         self._call = self._pool.join(n_jobs)
         self._needs_are_known = False
@@ -77,13 +79,13 @@ class ProcessesTier(Tier):
             self._needs_are_known = True
             if self._pool.n_workers < self._n_jobs:
                 self._pool.need(packages_of(getattr(work.function, "items", None) or [work.function]))
-        return self._call.submit(run_payload, work.wire, name=work.name)
+        return self._call.submit(run_payload, work.wire, name=work.name, timeout_s=self._task_timeout)
 
     def outcome(self, future: Future[Any]) -> Outcome:
         """Return what the worker packed."""
         try:
             packed = future.result()
-        except (WorkerLostError, CancelledError):
+        except (WorkerLostError, TaskTimeoutError, CancelledError):
             raise
         except Exception as error:
             raise TaskLoadError(f"A batch could not be sent to a worker process: {_first_line(error)}") from error

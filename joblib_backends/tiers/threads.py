@@ -6,14 +6,17 @@ cannot wait for each other's threads; the scheduler bounds what runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
 
 from ..budget import available_cores, keep_thread_limits, process_wide_limit
 from ..config import Config
 from ..crew import Crew
+from ..errors import TaskTimeoutError
 from ..worker import Outcome, run_here
 from .base import Tier, Work
 
@@ -41,6 +44,8 @@ class ThreadsTier(Tier):
         self._aborted = False
         self._closed = False
         self._crew = Crew.shared()
+        # A batch has one task where tasks have a time.
+        self._task_timeout = config.task_timeout
 
     def __repr__(self) -> str:
         return f"<ThreadsTier {self._n_unfinished} batches on {self._n_threads}/{self._n_jobs} threads>"
@@ -99,14 +104,51 @@ class ThreadsTier(Tier):
             while (item := self._queue.get()) is not None:
                 work, future = item
                 if not self._aborted and future.set_running_or_notify_cancel():
-                    outcome = run_here(work.function, work.share, initializer)
+                    if not self._run(work, future, initializer):
+                        return
                     initializer = None
-                    with self._lock:
-                        self._n_unfinished -= 1
-                    future.set_result(outcome)
-                    del outcome
                 # An idle thread must not keep the last batch's data alive.
                 del item, work, future
         finally:
             # The crew's thread may complete batches next, and run the user's generator.
             keep_thread_limits({})
+
+    def _run(self, work: Work, future: Future[Outcome], initializer: Callable[[], object] | None) -> bool:
+        """Run a batch; return whether this thread goes on, because it was not replaced meanwhile."""
+        with self._limited(work, future):
+            outcome = run_here(work.function, work.share, initializer)
+        return self._end(future, functools.partial(future.set_result, outcome))
+
+    @contextlib.contextmanager
+    def _limited(self, work: Work, future: Future[Outcome]) -> Iterator[None]:
+        """Have the batch in this block given up when its time is over."""
+        if self._task_timeout is None:
+            yield
+            return
+        timer = threading.Timer(self._task_timeout, self._abandon, (work.name, future))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _abandon(self, name: str, future: Future[Outcome]) -> None:
+        """Leave a thread to its task, which nobody can stop, and have another in its place."""
+        error = TaskTimeoutError(f"A batch of {name} ran longer than task_timeout={self._task_timeout:g} seconds.")
+        with self._lock:
+            is_needed = not self._closed
+        if self._end(future, functools.partial(future.set_exception, error)) and is_needed:
+            self._crew.run(self._work)
+
+    def _end(self, future: Future[Outcome], end: Callable[[], object]) -> bool:
+        """End a batch, and return whether it had not ended; a future says who comes first, the task or its time."""
+        with self._lock:
+            self._n_unfinished -= 1
+        try:
+            end()
+        except InvalidStateError:
+            with self._lock:
+                self._n_unfinished += 1
+            return False
+        return True

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final, Protocol
 
+from ..memory import MemoryWatch
+
 __all__ = ["Batch", "CallQueue", "PoolCall"]
 
 #: Mean seconds of a call's batches below which a worker gets the next one while it runs one. M: a worker without a
@@ -23,13 +25,15 @@ _NEWEST: Final = 0.3
 class Batch:
     """A function and its arguments, pickled, and the future of its result."""
 
-    __slots__ = ("body", "future", "n_requeued", "name", "queue")
+    __slots__ = ("body", "future", "n_requeued", "name", "queue", "timeout_s")
 
-    def __init__(self, queue: CallQueue, body: bytes, name: str) -> None:
+    def __init__(self, queue: CallQueue, body: bytes, name: str, timeout_s: float | None = None) -> None:
         self.queue = queue
         self.body = body
         self.name = name
         self.n_requeued = 0
+        #: Seconds that it may run on a worker; None for as long as it takes.
+        self.timeout_s = timeout_s
         self.future: Future[Any] = Future()
 
 
@@ -51,8 +55,13 @@ class CallQueue:
 
     @property
     def may_run(self) -> bool:
-        """Whether a batch waits that the limit of the call allows to run now."""
-        return bool(self.waiting) and self.n_running < self.n_jobs
+        """Whether a batch waits that the limit of the call, and memory, allow to run now.
+
+        One may always run: its end is when it is looked again.
+        """
+        if not self.waiting or self.n_running >= self.n_jobs:
+            return False
+        return not self.n_running or not self.is_long or not MemoryWatch.shared().is_short
 
     @property
     def may_prefetch(self) -> bool:
@@ -71,6 +80,11 @@ class CallQueue:
             if batch.future.running() or batch.future.set_running_or_notify_cancel():
                 return batch
         return None
+
+    @property
+    def is_long(self) -> bool:
+        """Whether batches take so long that a look at memory, 30 µs, is worth it before each."""
+        return self._mean_s is None or self._mean_s >= _PREFETCH_BELOW_S
 
     def note(self, seconds: float) -> None:
         """Learn how long a batch ran."""
@@ -97,15 +111,20 @@ class PoolCall:
     def __repr__(self) -> str:
         return f"<PoolCall {self.queue.n_unfinished} batches, n_jobs={self.queue.n_jobs}, {self._pool!r}>"
 
-    def submit(self, function: Callable[..., Any], *args: Any, name: str | None = None) -> Future[Any]:
-        """Return the future of ``function(*args)`` in a worker, at once; ``name`` is for messages."""
+    def submit(
+        self, function: Callable[..., Any], *args: Any, name: str | None = None, timeout_s: float | None = None
+    ) -> Future[Any]:
+        """Return the future of ``function(*args)`` in a worker, at once.
+
+        ``name`` is for messages. A worker that runs it for more than ``timeout_s`` seconds is replaced.
+        """
         try:
             body = pickle.dumps((function, args), protocol=5)
         except Exception as error:
             future: Future[Any] = Future()
             future.set_exception(error)
             return future
-        batch = Batch(self.queue, body, name or str(getattr(function, "__qualname__", "a function")))
+        batch = Batch(self.queue, body, name or str(getattr(function, "__qualname__", "a function")), timeout_s)
         self._pool.run(batch)
         return batch.future
 

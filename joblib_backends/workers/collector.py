@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 from .frames import Frame
 from .member import Member
+from .process import End
 from .server import ForkServer
 
 __all__ = ["Collector", "Told"]
@@ -35,7 +36,7 @@ class Told(Protocol):
     def cut(self, member: Member) -> None:
         """The connection to a worker has ended; its process follows."""
 
-    def ended(self, member: Member, how: str) -> None:
+    def ended(self, member: Member, end: End) -> None:
         """A worker is gone."""
 
     def look_after(self, collector: Collector) -> float | None:
@@ -174,8 +175,8 @@ class Collector:
         end = time.monotonic() + _REAP_TIMEOUT_S
         while member.process.exit_code() is None and member.deadline is None and time.monotonic() < end:
             time.sleep(0.001)
-        how = member.process.end_in_words()
+        ended = member.process.how_it_ended()
         if member.process.exit_code() is None:
             member.process.kill()
         member.process.close()
-        self._pool.ended(member, how)
+        self._pool.ended(member, ended)

@@ -1,4 +1,4 @@
-"""What a batch's future ends with: the result or error that a worker sent, or the loss of the worker."""
+"""What a batch's future ends with: the result or error that a worker sent, the loss of the worker, or its time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
 
-from ..errors import RemoteTraceback, WorkerLostError
+from ..errors import RemoteTraceback, TaskTimeoutError, WorkerLostError
 from . import frames
 from .calls import Batch
+from .process import End
 
-__all__ = ["Completions", "complete", "load", "lost"]
+__all__ = ["Completions", "complete", "load", "lost", "overdue"]
 
 #: Futures to complete when no lock is held any more: (future, result, error).
 Completions = list[tuple["Future[Any]", Any, "BaseException | None"]]
@@ -37,13 +38,33 @@ def load(kind: bytes, body: bytes | bytearray) -> tuple[Any, BaseException | Non
     return None, error
 
 
-def lost(batches: list[Batch], how: str, cause: BaseException | None = None) -> Completions:
+def lost(batches: list[Batch], end: End, cause: BaseException | None = None, *, n_deaths: int = 0) -> Completions:
+    """Return the ends of batches whose worker is gone: ``n_deaths`` died over them, or none could be had."""
     completions: Completions = []
     for batch in batches:
         error = WorkerLostError(
-            f"A worker process died while it ran a batch of {batch.name}: {how}. It was killed, ran out of memory, or "
-            "crashed in compiled code. Use fewer jobs if memory is short; the next call has new workers."
+            f"A worker process died while it ran a batch of {batch.name}: {end.how}. It was killed, ran out of memory, "
+            "or crashed in compiled code. Use fewer jobs if memory is short; the next call has new workers.",
+            exit_code=end.code,
+            peak_nbytes=end.peak_nbytes,
+            n_deaths=n_deaths,
+            how=end.how,
         )
         error.__cause__ = cause
         completions.append((batch.future, None, error))
     return completions
+
+
+def overdue(batches: list[Batch]) -> Completions:
+    """Return the ends of batches that ran for too long."""
+    return [
+        (
+            batch.future,
+            None,
+            TaskTimeoutError(
+                f"A batch of {batch.name} ran longer than task_timeout={batch.timeout_s:g} seconds, and its worker was "
+                "replaced. Give it more time, or less to do."
+            ),
+        )
+        for batch in batches
+    ]

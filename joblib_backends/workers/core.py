@@ -16,8 +16,9 @@ from typing import ClassVar
 from . import frames
 from .calls import CallQueue
 from .collector import Collector
-from .completions import Completions, complete, load, lost
+from .completions import Completions, complete, load, lost, overdue
 from .member import Member
+from .process import End
 from .roster import Roster
 from .starter import Starter
 
@@ -134,7 +135,7 @@ class PoolCore:
         with self._held() as done:
             self._starter.starting.difference_update(tokens)
             if not self.n_workers:
-                done += lost(self._roster.drop_waiting(), f"no worker process can be started: {error}", error)
+                done += lost(self._roster.drop_waiting(), End(f"no worker process can be started: {error}"), error)
             if self._collector is not None:
                 self._collector.wake()
 
@@ -168,30 +169,42 @@ class PoolCore:
         with self._held():
             self._roster.cut(member)
 
-    def ended(self, member: Member, how: str) -> None:
+    def ended(self, member: Member, end: End) -> None:
         """Fail what a dead worker ran, and have it replaced while there is work."""
         with self._held() as done:
             running = self._roster.remove(member)
             if running is not None:
-                done += lost([running], how)
+                done += lost([running], end, n_deaths=1)
             if not member.is_ready and not member.is_doomed and self._starter.is_stillborn(member):
-                why = f"new worker processes ended before they could take a batch: {how}"
-                done += lost(self._roster.drop_waiting(), why)
+                why = f"new worker processes ended before they could take a batch: {end.how}"
+                done += lost(self._roster.drop_waiting(), end._replace(how=why))
             self._dispatch()
             starts = self._note_start(self._roster.n_wanted)
         self._start(starts)
 
     def look_after(self, collector: Collector) -> float | None:
-        """End workers that have been idle for long; return when to look again, negative to end the thread."""
-        with self._held():
+        """End workers that have been idle, or busy, for too long; return when to look again, negative to end."""
+        starts: list[object] = []
+        with self._held() as done:
             now = time.perf_counter()
-            since = self._roster.end_idle(now - self._idle_timeout_s)
-            if not self.n_workers and not self._roster.doomed:
-                if self._collector is collector:
-                    self._collector = None
-                    self._starter.forgive()
-                return -1.0
-            return None if since is None else max(0.0, since + self._idle_timeout_s - now)
+            batches = self._roster.end_overdue(now)
+            if batches:
+                done += overdue(batches)
+                self._dispatch()
+                starts = self._note_start(self._roster.n_wanted)
+            wait_s = self._seconds_to_next_look(collector, now)
+        self._start(starts)
+        return wait_s
+
+    def _seconds_to_next_look(self, collector: Collector, now: float) -> float | None:
+        since = self._roster.end_idle(now - self._idle_timeout_s)
+        if not self.n_workers and not self._roster.doomed:
+            if self._collector is collector:
+                self._collector = None
+                self._starter.forgive()
+            return -1.0
+        times = (self._roster.next_overdue(), None if since is None else since + self._idle_timeout_s)
+        return min((max(0.0, at - now) for at in times if at is not None), default=None)
 
     def failed(self, error: BaseException) -> None:
         """Fail everything: the collector is gone, and with it the workers."""
@@ -202,4 +215,4 @@ class PoolCore:
             for member in list(self._roster.members):
                 batches += self._roster.doom(member)
             self._roster.doomed.clear()
-            done += lost(batches, f"the pool of workers failed: {type(error).__name__}: {error}", error)
+            done += lost(batches, End(f"the pool of workers failed: {type(error).__name__}: {error}"), error)

@@ -20,12 +20,14 @@ from multiprocessing import process as mp_process
 from multiprocessing import resource_tracker
 from typing import Any, Final
 
-__all__ = ["FORK", "KILL", "LENGTH", "REQUEST", "RETIRE", "STATUS", "serve"]
+__all__ = ["ENDED", "FORK", "KILL", "LENGTH", "REQUEST", "RETIRE", "STATUS", "serve"]
 
 #: A request: what to do, and a pid or which streams come along.
 REQUEST: Final = struct.Struct("<cq")
-#: A worker's pid, then its exit code; instead of a pid the negative number of threads that forbid a fork.
+#: A worker's pid; instead of it the negative number of threads that forbid a fork.
 STATUS: Final = struct.Struct("<q")
+#: A worker's exit code, and the most memory that it had used, in bytes.
+ENDED: Final = struct.Struct("<qq")
 LENGTH: Final = struct.Struct("<Q")
 FORK, KILL, RETIRE = b"F", b"K", b"R"
 
@@ -136,11 +138,11 @@ class _Server:
         with contextlib.suppress(BlockingIOError):
             self._wakeup.recv(4096)
         while self._children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
             if not pid:
                 break
             with contextlib.suppress(OSError):
-                os.write(self._children[pid], STATUS.pack(os.waitstatus_to_exitcode(status)))
+                os.write(self._children[pid], ENDED.pack(os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024))
             os.close(self._children.pop(pid))
         return True
 

@@ -112,18 +112,30 @@ class Member:
         return batch
 
     @property
+    def overdue_at(self) -> float | None:
+        """When what runs has run for too long, on the clock of ``give``; None for never."""
+        if self.running is None or self.running.timeout_s is None:
+            return None
+        return self.started_at + self.running.timeout_s
+
+    @property
     def has_not_started(self) -> bool:
         """Whether what it seems to run never was: the kernel says that it died with that batch unread."""
         return self.prefetched is None and self._reader.was_reset
 
-    def drop(self) -> tuple[Batch | None, Batch | None]:
-        """Take both batches out: the one that ran, and the one that was never started."""
-        running, prefetched = self.running, self.prefetched
-        self.running = self.prefetched = None
-        if running is not None:
-            running.queue.n_running -= 1
+    def take_back(self) -> Batch | None:
+        """Take the batch out that was sent ahead and is not started as long as the other one runs."""
+        prefetched, self.prefetched = self.prefetched, None
         if prefetched is not None:
             prefetched.queue.n_prefetched -= 1
+        return prefetched
+
+    def drop(self) -> tuple[Batch | None, Batch | None]:
+        """Take both batches out: the one that ran, and the one that was never started."""
+        running, self.running = self.running, None
+        if running is not None:
+            running.queue.n_running -= 1
+        prefetched = self.take_back()
         self._outbox.clear()
         return running, prefetched
 

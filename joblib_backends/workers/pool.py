@@ -32,6 +32,7 @@ from .calls import Batch, CallQueue, PoolCall
 from .completions import lost
 from .core import PoolCore
 from .preparation import snapshot
+from .process import End
 from .server import ForkServer
 
 __all__ = ["PoolCall", "WorkerPool"]
@@ -146,7 +147,7 @@ class WorkerPool(PoolCore):
         with self._held() as done:
             self._starter.generation += 1
             for member in list(self._roster.members):
-                done += lost(self._roster.doom(member), "the pool of workers was closed")
+                done += lost(self._roster.doom(member), End("the pool of workers was closed"))
             if self._collector is not None:
                 self._collector.wake()
 

@@ -12,16 +12,27 @@ import signal
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from loky.backend.context import get_context
 
 from . import frames
-from .forking import STATUS
+from .forking import ENDED
 from .main import run_worker
 from .server import ForkServer, ServerError
 
-__all__ = ["ForkedWorker", "SpawnedWorker", "WorkerProcess", "start_worker"]
+__all__ = ["End", "ForkedWorker", "SpawnedWorker", "WorkerProcess", "start_worker"]
+
+
+class End(NamedTuple):
+    """How a worker ended."""
+
+    #: For messages.
+    how: str
+    #: The exit code, negative for a signal.
+    code: int | None = None
+    #: The most memory that it had used, in bytes.
+    peak_nbytes: int | None = None
 
 
 def start_worker(
@@ -116,15 +127,23 @@ class WorkerProcess(ABC):
         """Leave the worker to the parent. Runs in a forked child."""
         self.sock.close()
 
-    def end_in_words(self) -> str:
-        """Return how the process ended, for messages."""
+    def peak_nbytes(self) -> int | None:
+        """Return the most memory that the process had used when it ended; None where that is not known."""
+        return None
+
+    def how_it_ended(self) -> End:
+        """Return how the process ended."""
         code = self.exit_code()
-        if code is None:
-            return "it closed its connection"
-        if code < 0:
-            with contextlib.suppress(ValueError):
-                return f"it was killed by {signal.Signals(-code).name}"
-        return f"it ended with exit code {code}"
+        return End(_in_words(code), code, self.peak_nbytes())
+
+
+def _in_words(code: int | None) -> str:
+    if code is None:
+        return "it closed its connection"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"it was killed by {signal.Signals(-code).name}"
+    return f"it ended with exit code {code}"
 
 
 class ForkedWorker(WorkerProcess):
@@ -135,6 +154,7 @@ class ForkedWorker(WorkerProcess):
     def __init__(self, preparation: bytes, server: ForkServer) -> None:
         self._server = server
         self._code: int | None = None
+        self._peak_nbytes: int | None = None
         super().__init__(preparation)
 
     @property
@@ -150,9 +170,14 @@ class ForkedWorker(WorkerProcess):
         """Return the exit code that the server has told."""
         if self._code is None and self.sentinel >= 0:
             with contextlib.suppress(OSError):
-                data = os.read(self.sentinel, STATUS.size)
-                self._code = STATUS.unpack(data)[0] if len(data) == STATUS.size else None
+                data = os.read(self.sentinel, ENDED.size)
+                if len(data) == ENDED.size:
+                    self._code, self._peak_nbytes = ENDED.unpack(data)
         return self._code
+
+    def peak_nbytes(self) -> int | None:
+        """Return what the server has told."""
+        return self._peak_nbytes
 
     def has_ended(self) -> bool:
         """Return whether the server has told an exit code; its own end closes the pipe, too, and the worker goes on."""

@@ -48,18 +48,18 @@ class Roster:
         Returns
         -------
         bool
-            Whether bytes are left for the collector to write.
+            Whether the collector has to look: at bytes that are left to be written, or at a time that has an end.
         """
-        has_unsent = False
+        is_news = False
         while self.idle and (batch := self._next_batch()) is not None:
-            has_unsent |= self.idle.pop().give(batch, preparation, now)
+            is_news |= self.idle.pop().give(batch, preparation, now) or batch.timeout_s is not None
         if not self.idle and any(queue.may_prefetch for queue in self.calls):
             for member in self.members:
                 if member.running is not None and member.prefetched is None:
                     batch = self._next_for(member.running.queue)
                     if batch is not None:
-                        has_unsent |= member.give(batch, preparation, now)
-        return has_unsent
+                        is_news |= member.give(batch, preparation, now)
+        return is_news
 
     def _next_batch(self) -> Batch | None:
         for _ in range(len(self.calls)):
@@ -101,6 +101,20 @@ class Roster:
         batches = [batch for batch in member.drop() if batch is not None]
         member.end(by_force=not is_idle)
         return batches
+
+    def end_overdue(self, now: float) -> list[Batch]:
+        """Give up workers that run a batch for too long; return those batches. What waited behind them waits again."""
+        overdue = []
+        for member in [m for m in self.members if m.overdue_at is not None and m.overdue_at <= now]:
+            prefetched = member.take_back()
+            if prefetched is not None:
+                prefetched.queue.waiting.appendleft(prefetched)
+            overdue += self.doom(member)
+        return overdue
+
+    def next_overdue(self) -> float | None:
+        """Return when the next batch will have run for too long; None for never."""
+        return min((m.overdue_at for m in self.members if m.overdue_at is not None), default=None)
 
     def end_idle(self, idle_since: float) -> float | None:
         """End workers that have been idle since before then; return since when the next has been, or None."""

@@ -1,0 +1,86 @@
+"""Clients of Dask: the one that is active, a new one, and questions to either that end."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import distributed
+
+from ..config import Config
+from ..errors import ClusterUnavailableError, ConfigurationError
+
+__all__ = ["active_client", "check_blocks", "connect", "is_alive", "nthreads"]
+
+#: What a question to a scheduler that is gone, or going, ends with.
+GONE: Final = (OSError, TimeoutError, RuntimeError, ValueError)
+
+#: States of a client that has, or may get back, its connection.
+_ALIVE: Final = ("running", "connecting")
+
+
+def active_client() -> Any:
+    """Return the client that is active in this process, or None."""
+    try:
+        client = distributed.Client.current()  # type: ignore[no-untyped-call]
+    except ValueError:
+        return None
+    return client if client.status == "running" and not client.asynchronous else None
+
+
+def connect(config: Config, timeout_s: float) -> Any:
+    """Return a new client of the scheduler that the user has named.
+
+    Raises
+    ------
+    ClusterUnavailableError
+        If none answers within ``timeout_s`` seconds, or it turns us away.
+    ConfigurationError
+        If that is no address.
+    """
+    address = config.scheduler
+    security = {} if config.security is None else {"security": config.security}
+    try:
+        return distributed.Client(  # type: ignore[no-untyped-call]
+            address, timeout=timeout_s, set_as_default=False, **security
+        )
+    except (OSError, TimeoutError) as error:
+        raise ClusterUnavailableError(
+            f"No Dask scheduler answered at {address!r} within wait_for_workers={timeout_s:g} seconds: is the address "
+            "right, is the scheduler running, and if it wants TLS, does security= have the certificates?"
+        ) from error
+    except (ValueError, TypeError) as error:
+        # TypeError: tls:// without a certificate.
+        raise ConfigurationError(
+            f"scheduler is {address!r}, but must be an address such as 'tcp://host:8786', or 'tls://host:8786' with "
+            f"certificates in security=: {error}."
+        ) from error
+
+
+def check_blocks(client: Any) -> None:
+    """Refuse a client whose methods return before they have done what they do."""
+    if getattr(client, "asynchronous", False):
+        raise ConfigurationError(
+            f"client is {client!r}, which is asynchronous, but joblib calls block: use Client(..., "
+            "asynchronous=False) in a thread without an event loop."
+        )
+
+
+def is_alive(client: Any) -> bool:
+    """Return whether a client is connected, or trying to be."""
+    return client.status in _ALIVE
+
+
+def nthreads(client: Any, timeout_s: float) -> int:
+    """Return the threads of all workers of a cluster.
+
+    Raises
+    ------
+    ClusterUnavailableError
+        If the scheduler does not answer within ``timeout_s`` seconds.
+    """
+    try:
+        return sum(client.sync(client.scheduler.ncores, workers=None, callback_timeout=timeout_s).values())
+    except (*GONE, AttributeError) as error:  # AttributeError: a client that was closed has no scheduler
+        raise ClusterUnavailableError(
+            f"The Dask scheduler of {client!r} did not answer within {timeout_s:g} seconds: is it still running?"
+        ) from error

@@ -1,0 +1,426 @@
+"""Batches on their way to a Dask cluster and back.
+
+::
+
+    DaskTier ──put──> outbox ──> sender thread:     client.map of all that waits
+    future done <─────────────── collector thread:  client.gather of all that is done; looks after the rest
+
+Nothing of ours runs on the client's event loop but what puts something into a queue. A batch travels as opaque bytes,
+which the scheduler never unpickles. Buffers travel by the path of the resident's file first: a worker on this machine
+maps it. A worker that cannot answers that it is missing; then the bytes are scattered once, and from then on they go
+along as data. What was scattered and is lost with its worker is scattered again.
+
+Invariant: every batch that was put ends its future, whatever becomes of it on the cluster: result, error, cancelled,
+lost with its workers, too late, or cut off with the whole cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import queue
+import re
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from typing import Any, Final, NamedTuple
+
+import distributed
+import numpy as np
+
+from ..crew import Crew
+from ..data.codec import Payload, Wire
+from ..data.store import Resident, map_buffer
+from ..errors import (
+    ClusterLostError,
+    ClusterUnavailableError,
+    DataLostError,
+    TaskLoadError,
+    TaskTimeoutError,
+    WorkerLostError,
+)
+from ..remote import Missing, process_identity, run_remotely
+from ..worker import PackedOutcome
+from .client import is_alive, nthreads
+
+__all__ = ["Cancel", "Exchange", "Ticket"]
+
+_log = logging.getLogger(__name__)
+
+#: Seconds between two looks at a cluster that has batches of ours: whether it has workers, and what runs too long.
+_LOOK_EVERY_S: Final = 0.5
+
+#: Times that a batch is sent again because its data was lost on the way, or somebody cancelled it.
+_MOST_RESENT: Final = 3
+
+#: Seconds that the restart of a worker may take whose task ran too long.
+_RESTART_S: Final = 30.0
+
+
+class Ticket(Future[PackedOutcome]):
+    """A batch on its way: done when its outcome is here.
+
+    Parameters
+    ----------
+    name : str
+        What it runs, for the key.
+    wire : tuple
+        What travels.
+    payload : Payload
+        What keeps alive what it refers to.
+    timeout_s : float, optional
+        Seconds that it may run on a worker.
+    """
+
+    def __init__(self, name: str, wire: Wire, payload: Payload, timeout_s: float | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.wire = wire
+        self.payload = payload
+        self.timeout_s = timeout_s
+        self.n_resent = 0
+        self.dask_future: Any = None
+        #: When a worker was seen to start it, and which.
+        self.started: tuple[float, str] | None = None
+        self._key = f"{re.sub(r'[^A-Za-z0-9_.<>]', '_', name)}-{uuid.uuid4().hex}"
+
+    @property
+    def key(self) -> str:
+        """The key of the task on the cluster; another one each time that it is sent."""
+        return f"{self._key}-{self.n_resent}" if self.n_resent else self._key
+
+    def end(self, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
+        """Complete the future, unless the call was aborted meanwhile."""
+        self.dask_future = None
+        with contextlib.suppress(Exception):  # InvalidStateError: cancelled
+            if error is not None:
+                self.set_exception(error)
+            elif outcome is not None:
+                self.set_result(outcome)
+
+
+class Cancel(NamedTuple):
+    """Asks the sender to cancel Dask tasks: those of an aborted call, and others by their futures."""
+
+    tickets: list[Ticket]
+    futures: Sequence[Any] = ()
+
+
+class Exchange:
+    """The sender and the collector thread of a connection.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        The client.
+    outbox : queue
+        What is to be sent: tickets, cancellations, None to end.
+    remote_objects : dict
+        Dask futures of objects that are on the cluster already, by key.
+    wait_s : float
+        Seconds for which a cluster may be without a worker.
+    """
+
+    def __init__(
+        self, client: Any, outbox: queue.SimpleQueue[Any], remote_objects: dict[str, Any], wait_s: float
+    ) -> None:
+        self._client = client
+        self._outbox = outbox
+        self._remote_objects = remote_objects
+        self._wait_s = wait_s
+        # What is done, and now and then None: look again, something has changed.
+        self._done: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._in_flight: dict[str, Ticket] = {}
+        self._is_over = False
+        self._scattered: weakref.WeakKeyDictionary[Resident, Any] = weakref.WeakKeyDictionary()
+        self._needs_data = threading.Event()
+        self._origin = process_identity()
+        self._topic = f"joblib_backends-{uuid.uuid4().hex}"
+        self._is_told_of_starts = False
+        self._looked = self._had_workers = time.monotonic()
+
+    def start(self) -> None:
+        """Start the threads; they end with the None that is put into the outbox."""
+        for name, body in (("sender", self._send_all), ("collector", self._collect_all)):
+            threading.Thread(target=body, name=f"joblib_backends-dask-{name}", daemon=True).start()
+
+    # ---- sender thread
+
+    def _send_all(self) -> None:
+        """Send all that waits in one graph: what comes while a graph is on its way goes with the next."""
+        while (first := self._outbox.get()) is not None:
+            waiting = [first, *_drain(self._outbox)]
+            tickets = [item for item in waiting if isinstance(item, Ticket) and not item.done()]
+            if tickets:
+                self._send(tickets)
+            for cancel in [item for item in waiting if isinstance(item, Cancel)]:
+                self._cancel(cancel)
+                del cancel
+            if None in waiting:
+                break
+            # A thread that waits must hold no ticket: with it would stay the batch, its files and its context.
+            del first, waiting, tickets
+        self._is_over = True
+        self._done.put(None)
+
+    def _send(self, tickets: list[Ticket]) -> None:
+        try:
+            # Before they run, or their starts would be missed.
+            self._hear_of_starts(tickets)
+            sent = {ticket: data for ticket in tickets if (data := self._data_for(ticket)) is not None}
+            self._in_flight |= {ticket.key: ticket for ticket in sent}
+            futures = self._client.map(
+                _run,
+                [ticket.wire for ticket in sent],
+                list(sent.values()),
+                [ticket.key if ticket.timeout_s else None for ticket in sent],
+                key=[ticket.key for ticket in sent],
+                remote_objects=dict(self._remote_objects),
+                origin=self._origin,
+                topic=self._topic,
+                pure=False,
+            )
+        except Exception as error:
+            for ticket in tickets:
+                self._end(ticket, None, self._cut_off(error))
+            return
+        for ticket, future in zip(sent, futures, strict=True):
+            ticket.dask_future = future
+            future.add_done_callback(functools.partial(_note_done, self._done, ticket))
+        # The collector may be waiting for ever, because nothing was in flight.
+        self._done.put(None)
+
+    def _hear_of_starts(self, tickets: list[Ticket]) -> None:
+        if not self._is_told_of_starts and any(ticket.timeout_s for ticket in tickets):
+            self._client.subscribe_topic(self._topic, self._note_start)
+            self._is_told_of_starts = True
+
+    def _data_for(self, ticket: Ticket) -> dict[str, tuple[bytes, Any]] | None:
+        """Return the residents of a batch as Dask data, by path, if workers cannot read the files.
+
+        None if they are gone here, too; then the ticket has ended.
+        """
+        if not self._needs_data.is_set():
+            return {}
+        try:
+            return {resident.path: (resident.digest, self._scatter(resident)) for resident in ticket.payload.residents}
+        except DataLostError as error:
+            ticket.end(None, error)
+            return None
+
+    def _scatter(self, resident: Resident) -> Any:
+        known = self._scattered.get(resident)
+        if known is None or known.status in ("lost", "cancelled", "error"):
+            content = np.frombuffer(map_buffer(resident.ref()), np.uint8)
+            # hash=False: a content hash of dask's own would read all bytes again; ours is the address already.
+            known = self._client.scatter(content, hash=False, timeout=self._wait_s)
+            self._scattered[resident] = known
+        return known
+
+    def _cancel(self, cancel: Cancel) -> None:
+        futures = [*cancel.futures, *(ticket.dask_future for ticket in cancel.tickets)]
+        futures = [future for future in futures if future is not None]
+        for ticket in cancel.tickets:
+            self._in_flight.pop(ticket.key, None)
+        if not futures:
+            return
+        with contextlib.suppress(Exception):  # the cluster may be gone; then there is nothing to cancel
+            self._client.cancel(futures)
+
+    # ---- the client's event loop
+
+    def _note_start(self, event: tuple[float, Any]) -> None:
+        key, address = event[1]
+        ticket = self._in_flight.get(key)
+        if ticket is not None:
+            # By this clock: those of other hosts may differ.
+            ticket.started = (time.monotonic(), address)
+            self._done.put(None)
+
+    # ---- collector thread
+
+    def _collect_all(self) -> None:
+        while not self._is_over:
+            try:
+                first = self._done.get(timeout=self._seconds_to_next_look())
+            except queue.Empty:
+                first = None
+            tickets = [ticket for ticket in (first, *_drain(self._done)) if ticket is not None]
+            if tickets:
+                self._collect([ticket for ticket in tickets if ticket.dask_future is not None])
+            self._look_after_rest()
+            del first, tickets
+
+    def _collect(self, tickets: list[Ticket]) -> None:
+        """Fetch the outcomes of finished tasks together, and end every ticket."""
+        futures = {ticket.key: ticket.dask_future for ticket in tickets if ticket.dask_future.status == "finished"}
+        failure: BaseException = WorkerLostError("The result of a batch was lost: its Dask worker died with it.")
+        try:
+            outcomes = self._client.gather(futures, errors="skip") if futures else {}
+        except Exception as error:
+            outcomes, failure = {}, self._cut_off(error)
+        for ticket in tickets:
+            outcome = outcomes.get(ticket.key)
+            if isinstance(outcome, Missing):
+                self._needs_data.set()
+                self._send_again(ticket, "its data was missing on the worker")
+            elif outcome is not None:
+                self._end(ticket, outcome)
+            elif ticket.dask_future.status in ("cancelled", "lost"):
+                self._was_cancelled(ticket)
+            else:
+                self._end(ticket, None, _failure_of(ticket.dask_future) or failure)
+
+    def _end(self, ticket: Ticket, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
+        self._in_flight.pop(ticket.key, None)
+        ticket.end(outcome, error)
+
+    def _was_cancelled(self, ticket: Ticket) -> None:
+        """Find out why a task is gone that we did not cancel."""
+        if self._client.status != "running":
+            self._end(ticket, None, self._cut_off(None))
+            return
+        # With its data, which only a worker had that died; or by another scheduler, which came in the place of one
+        # that knew it.
+        self._send_again(ticket, f"it was {ticket.dask_future.status} on the cluster")
+
+    def _send_again(self, ticket: Ticket, why: str) -> None:
+        _log.debug("A batch of %s is sent to the cluster again: %s", ticket.name, why)
+        self._in_flight.pop(ticket.key, None)
+        if ticket.n_resent >= _MOST_RESENT:
+            ticket.end(
+                None,
+                ClusterLostError(
+                    f"A batch of {ticket.name} was sent to the Dask cluster {ticket.n_resent + 1} times: {why}. Do "
+                    "workers come and go there?"
+                ),
+            )
+            return
+        ticket.n_resent += 1
+        ticket.dask_future, ticket.started = None, None
+        self._outbox.put(ticket)
+
+    def _cut_off(self, cause: BaseException | None) -> BaseException:
+        failure = ClusterLostError(
+            f"The connection to {self._client!r} was lost{f' ({cause})' if cause else ''}: its scheduler has ended, or "
+            "cannot be reached any more."
+        )
+        failure.__cause__ = cause
+        return failure
+
+    # ---- what is still on the cluster
+
+    def _seconds_to_next_look(self) -> float | None:
+        if not self._in_flight:
+            return None
+        now = time.monotonic()
+        overdue = (t.started[0] + t.timeout_s for t in list(self._in_flight.values()) if t.started and t.timeout_s)
+        return max(0.0, min(self._looked + _LOOK_EVERY_S, *overdue, now + _LOOK_EVERY_S) - now)
+
+    def _look_after_rest(self) -> None:
+        now = time.monotonic()
+        if not self._in_flight:
+            self._had_workers = now
+            return
+        for ticket in list(self._in_flight.values()):
+            if ticket.started and ticket.timeout_s and ticket.started[0] + ticket.timeout_s <= now:
+                self._end_overdue(ticket, ticket.started[1])
+        if now - self._looked >= _LOOK_EVERY_S:
+            self._looked = now
+            self._look_at_workers()
+
+    def _look_at_workers(self) -> None:
+        """Give up a cluster that is gone, or has had no worker for long: nothing else would tell."""
+        error: BaseException | None = None
+        if not is_alive(self._client):
+            error = self._cut_off(None)
+        else:
+            try:
+                has_workers = nthreads(self._client, self._wait_s) > 0
+            except ClusterUnavailableError as problem:
+                error = self._cut_off(problem)
+            else:
+                now = time.monotonic()
+                self._had_workers = now if has_workers else self._had_workers
+                if now - self._had_workers > self._wait_s:
+                    error = ClusterLostError(
+                        f"The Dask cluster of {self._client!r} has had no worker for "
+                        f"wait_for_workers={self._wait_s:g} seconds: did they run out of memory, or of time?"
+                    )
+        if error is not None:
+            tickets = list(self._in_flight.values())
+            self._outbox.put(Cancel([], [ticket.dask_future for ticket in tickets]))
+            for ticket in tickets:
+                self._end(ticket, None, error)
+
+    def _end_overdue(self, ticket: Ticket, address: str) -> None:
+        future = ticket.dask_future
+        message = (
+            f"A batch of {ticket.name} ran longer than task_timeout={ticket.timeout_s:g} seconds on a Dask worker."
+        )
+        self._end(ticket, None, TaskTimeoutError(message))
+        # In a thread of its own: a restart takes seconds.
+        Crew.shared().run(functools.partial(_replace_worker, self._client, future, address))
+
+
+def _note_done(done: queue.SimpleQueue[Ticket | None], ticket: Ticket, future: Any) -> None:
+    # A ticket may have been sent again, or ended: what an earlier task of it became is nobody's concern.
+    if ticket.dask_future is future:
+        done.put(ticket)
+
+
+def _replace_worker(client: Any, future: Any, address: str) -> None:
+    """Cancel a task and restart the worker that runs it, which nothing else can end."""
+    try:
+        # First, or the scheduler would run it anew elsewhere.
+        client.cancel([future])
+        client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
+    except Exception as error:  # no nanny restarts it; or the cluster is gone meanwhile
+        _log.debug("The worker %s goes on with a task that ran too long: %s", address, error)
+
+
+def _failure_of(future: Any) -> BaseException | None:
+    """Return our error for a Dask task that failed, or None if it did not."""
+    if future.status != "error":
+        return None
+    error = future.exception()
+    failure: BaseException = error
+    if isinstance(error, distributed.KilledWorker):
+        n_deaths = int(getattr(error, "allowed_failures", 0)) + 1
+        failure = WorkerLostError(
+            f"Dask workers died while they had the batch {future.key}: the last of {n_deaths} was "
+            f"{getattr(error.last_worker, 'address', error.last_worker)}. Did they run out of memory?",
+            n_deaths=n_deaths,
+            how=f"Dask lost {n_deaths} workers over it",
+        )
+    elif not isinstance(error, CancelledError):
+        # Our function packs what tasks raise, so this came from Dask: mostly a worker without our package.
+        failure = TaskLoadError(
+            f"A Dask worker could not run the batch {future.key}: {type(error).__name__}: {error}. "
+            "Is joblib_backends installed there, in the same version?"
+        )
+    failure.__cause__ = error
+    return failure
+
+
+def _drain(waiting: queue.SimpleQueue[Any]) -> list[Any]:
+    items = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            items.append(waiting.get_nowait())
+    return items
+
+
+# ---- on a worker
+
+
+def _run(wire: Wire, data: Any, watched: str | None, *, remote_objects: Any, origin: str, topic: str) -> Any:
+    """Run a batch; say first that it starts, if its time is limited."""
+    if watched is not None:
+        worker = distributed.get_worker()
+        worker.log_event(topic, (watched, worker.address))
+    return run_remotely(wire, data, remote_objects, origin)

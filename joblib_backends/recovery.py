@@ -1,0 +1,141 @@
+"""What becomes of a batch that was lost: with its worker, its data, its cluster, or its time.
+
+Rules only: nothing here runs, waits or locks. ::
+
+    a worker died      several tasks      -> each runs by itself, so that the one that kills is found
+                       one task           -> again; for the last time when nothing else of the call runs (memory!)
+                       more than retries  -> given up
+    its data is gone                      -> placed again from the source, and run again
+    its cluster is gone                   -> on the local tiers, unless fallback=False
+    it took longer than task_timeout      -> given up
+
+Given up means: a search with a numeric ``error_score`` gets that score; any other call ends with an error that names
+the task, when everything else of it is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from .batches import Batch
+from .config import Config
+from .data.codec import describe
+from .errors import (
+    ClusterLostError,
+    ClusterUnavailableError,
+    DataLostError,
+    HybridError,
+    RecoveryWarning,
+    TaskTimeoutError,
+    WorkerLostError,
+)
+from .sharing import sklearn_inside
+
+__all__ = ["FAULTS", "Step", "failed_results", "failure_of", "is_fault", "next_step", "pieces_of", "warn"]
+
+_log = logging.getLogger(__name__)
+
+#: What a tier raises for a batch that was lost, and not for what its tasks did.
+FAULTS: Final = (WorkerLostError, TaskTimeoutError, DataLostError, ClusterLostError, ClusterUnavailableError)
+
+#: Characters of a task's arguments in messages.
+_ARGUMENTS_SHOWN: Final = 200
+
+Step = Literal["run again", "place again", "leave the cluster", "give up", "fail"]
+
+
+def is_fault(error: BaseException | None) -> bool:
+    """Return whether a batch that ended so was lost, rather than failed by what it does."""
+    return isinstance(error, FAULTS)
+
+
+def next_step(batch: Batch, fault: BaseException, config: Config) -> Step:
+    """Return what is to be done about a batch that was lost, and count the loss on it."""
+    if isinstance(fault, ClusterLostError | ClusterUnavailableError):
+        return "leave the cluster" if config.fallback else "fail"
+    if isinstance(fault, DataLostError):
+        batch.n_replaced += 1
+        return "place again" if batch.n_replaced <= max(1, config.retries) else "fail"
+    if isinstance(fault, TaskTimeoutError):
+        return "give up"
+    n_deaths = fault.n_deaths if isinstance(fault, WorkerLostError) else 1
+    if not n_deaths:
+        return "fail"
+    # A Dask scheduler has let several workers die over it, but it may have been in bad company: it gets a last try.
+    batch.n_lost = batch.n_lost + 1 if batch.n_lost >= config.retries else min(batch.n_lost + n_deaths, config.retries)
+    return "run again" if batch.n_lost <= config.retries else "give up"
+
+
+def pieces_of(batch: Batch, config: Config) -> list[Batch]:
+    """Return what is to run in the place of a batch that lost its worker: its tasks one by one, or itself."""
+    pieces = batch.split([[place] for place in range(batch.size)]) if len(batch.items) > 1 else [batch]
+    for piece in pieces:
+        piece.is_alone = piece.n_lost >= config.retries
+    return pieces
+
+
+def failure_of(batch: Batch, fault: BaseException, config: Config) -> BaseException:
+    """Return the error that names the task, for a batch that was given up."""
+    items = batch.items
+    name = describe(items[0][0]) if items else describe(batch.function)
+    what = f"{name}, {_which_tasks(batch)}"
+    failure: HybridError
+    if isinstance(fault, WorkerLostError):
+        memory = f" It had used {fault.peak_nbytes / 1e6:.0f} MB." if fault.peak_nbytes else ""
+        failure = WorkerLostError(
+            f"Each worker that ran {what}, died: {fault.how}.{memory} The task itself ends its process, crashes in "
+            "compiled code or needs more memory than there is: run it alone to see, or use fewer jobs. It was tried "
+            f"{batch.n_lost} times (retries={config.retries}){', the last time alone' if config.retries else ''}.",
+            exit_code=fault.exit_code,
+            peak_nbytes=fault.peak_nbytes,
+            n_deaths=batch.n_lost,
+            how=fault.how,
+        )
+    elif isinstance(fault, TaskTimeoutError):
+        failure = TaskTimeoutError(
+            f"{what}, ran longer than task_timeout={config.task_timeout:g} seconds, and its worker was replaced. Give "
+            "it more time, or less to do."
+        )
+    else:
+        return fault
+    failure.__cause__ = fault
+    return failure
+
+
+def failed_results(batch: Batch, failure: BaseException) -> list[Any] | None:
+    """Return the results of tasks of a search that were given up, with their ``error_score``; None if that raises."""
+    results = []
+    for callee, args, kwargs in batch.items:
+        result = sklearn_inside.failed_result(callee, args, kwargs, failure)
+        if result is None:
+            return None
+        results.append(result)
+    return results or None
+
+
+def warn(message: str, category: type[RecoveryWarning] = RecoveryWarning) -> None:
+    """Tell the user what was lost and what is done about it."""
+    _log.debug(message)
+    warnings.warn(message, category, stacklevel=2)
+
+
+def _which_tasks(batch: Batch) -> str:
+    first = batch.first_task + batch.positions[0]
+    if batch.size > 1:
+        return f"tasks {first} to {batch.first_task + batch.positions[-1]}"
+    items = batch.items
+    return f"task {first}{_arguments(*items[0])}" if items else f"task {first}"
+
+
+def _arguments(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return what tells a task from others of its call, for messages."""
+    of_search = sklearn_inside.description_of(callee, args, kwargs)
+    if of_search is not None:
+        return f" ({of_search})"
+    shown = [*map(reprlib.repr, args), *(f"{name}={reprlib.repr(value)}" for name, value in kwargs.items())]
+    text = ", ".join(shown)
+    return f" ({text[:_ARGUMENTS_SHOWN]}{'...' if len(text) > _ARGUMENTS_SHOWN else ''})"
