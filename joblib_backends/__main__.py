@@ -1,14 +1,17 @@
-"""``python -m joblib_backends demo | run SCRIPT [ARGS...] | info``.
+"""``python -m joblib_backends demo | run SCRIPT [ARGS...] | info | checkpoint show|prune PATH``.
 
 ``demo`` shows a grid search alone and under hybrid, ``run`` runs an unmodified script where ``.pth`` files are not
-read (``python -S``, an embedded interpreter), ``info`` says what a bug report should say.
+read (``python -S``, an embedded interpreter), ``info`` says what a bug report should say, ``checkpoint`` shows what is
+kept in a file, and deletes what is not needed any more.
 
-Exit codes: what the script of ``run`` exits with; 1 if the results of ``demo`` differ; 2 for what cannot be started.
+Exit codes: what the script of ``run`` exits with; 1 if the results of ``demo`` differ; 2 for what cannot be started, or
+a file that cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m joblib_backends", description="One joblib backend for all places.")
-    commands = parser.add_subparsers(required=True, metavar="demo | run | info")
+    commands = parser.add_subparsers(required=True, metavar="demo | run | info | checkpoint")
 
     demo = commands.add_parser("demo", help="a grid search on digits, alone and under hybrid")
     demo.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
@@ -80,6 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, cores, room for data, variables and tiers")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(do=_info)
+
+    checkpoint = commands.add_parser("checkpoint", help="what a checkpoint file holds, and how to make it smaller")
+    verbs = checkpoint.add_subparsers(required=True, metavar="show | prune")
+    show = verbs.add_parser("show", help="entries by function, their times and versions")
+    show.add_argument("path", metavar="PATH")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    show.set_defaults(do=_show_checkpoint)
+    prune = verbs.add_parser(
+        "prune", help="delete damaged entries, and those that all given options are true of; all others stay"
+    )
+    prune.add_argument("path", metavar="PATH")
+    prune.add_argument("--older-than", metavar="DAYS", type=float, help="made more than so many days ago")
+    prune.add_argument("--function", metavar="NAME", help="of the function of that name, as `show` prints it")
+    prune.add_argument("--other-versions-than", metavar="TEXT", help="made with other versions, as `show` prints them")
+    prune.add_argument("--all", action="store_true", help="every entry")
+    prune.set_defaults(do=_prune_checkpoint)
     return parser
 
 
@@ -233,6 +252,58 @@ def _state_of_tier(name: str) -> str:
     except HybridError as error:
         return str(error)
     return "can be used"
+
+
+# ---- checkpoint
+
+
+def _show_checkpoint(options: argparse.Namespace) -> int:
+    from .checkpoint.journal import summary
+
+    try:
+        found = summary(options.path)
+    except HybridError as error:
+        return _refuse(str(error))
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return 0
+    print(options.path)
+    _show("entries", f"{found.entries}, {readable_nbytes(found.nbytes)} of results in {_nbytes_of(found)}")
+    for name, of_function in found.functions.items():
+        _show(name, f"{of_function.entries} entries, {of_function.seconds:.1f} s of work")
+    for versions, count in found.versions.items():
+        _show("made with", f"{versions}: {count} entries")
+    if found.oldest is not None and found.newest is not None:
+        _show("made", f"{_local_time(found.oldest)} to {_local_time(found.newest)}")
+    if found.damaged:
+        _show("damaged", f"{found.damaged} entries, which are not used")
+    return 0
+
+
+def _nbytes_of(found: Any) -> str:
+    return f"a file of {readable_nbytes(found.file_nbytes)}"
+
+
+def _local_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _prune_checkpoint(options: argparse.Namespace) -> int:
+    from .checkpoint.journal import prune
+
+    days = options.older_than
+    try:
+        n_deleted = prune(
+            options.path,
+            older_than_s=None if days is None else days * 86_400,
+            function=options.function,
+            other_than_versions=options.other_versions_than,
+            everything=options.all,
+        )
+    except HybridError as error:
+        return _refuse(str(error))
+    print(f"{n_deleted} entries deleted from {options.path}")
+    return 0
 
 
 if __name__ == "__main__":

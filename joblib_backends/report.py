@@ -154,9 +154,10 @@ class Tally:
             self.retries += retries
             self.lost_workers += lost_workers
 
-    def add_restored(self, n_tasks: int) -> None:
-        """Count tasks that need not run."""
+    def add_restored(self, n_tasks: int, function: str) -> None:
+        """Count tasks that need not run, because their results are in the checkpoint."""
         with self._lock:
+            self.function = self.function or function
             self.tasks += n_tasks
             self.tasks_restored += n_tasks
 
@@ -172,7 +173,7 @@ class Tally:
         return CallReport(
             function=self.function,
             tier=" + ".join(reasons) or "none",
-            reason="; ".join(texts) or "there were no tasks",
+            reason="; ".join(texts) or ("all were in the checkpoint" if self.tasks_restored else "there were no tasks"),
             n_jobs=self.n_jobs,
             tasks=self.tasks,
             batches=self.batches,

@@ -214,7 +214,8 @@ class Call:
         if self._checkpoint is not None:
             batch.keys = self._checkpoint.keys_of(batch.items)
             known = self._checkpoint.recall(batch.keys)
-            self._tally.add_restored(len(known))
+            if known:
+                self._tally.add_restored(len(known), task_names(batch.function))
             if len(known) == batch.size:
                 results = [known[place] for place in range(batch.size)]
                 self._enqueue(batch, functools.partial(_same, Outcome(results, None)))

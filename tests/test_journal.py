@@ -18,7 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from joblib_backends.checkpoint import database as connections
 from joblib_backends.checkpoint import journal as journal_module
+from joblib_backends.checkpoint import private
 from joblib_backends.checkpoint.journal import Entry, FunctionSummary, Journal, prune, summary
 from joblib_backends.errors import CheckpointError
 
@@ -334,7 +336,7 @@ else:
 
 
 def test_a_fork_under_the_lock_of_another_thread_does_not_hang(path, journal):
-    with journal._lock, journal_module._files.lock:
+    with journal._lock, connections._files.lock:
         assert "CheckpointError" in in_fork(lambda: journal.find(keys(1)))
         assert in_fork(lambda: len(Journal(f"{path}.other", ""))) == "0"
 
@@ -373,7 +375,7 @@ def test_each_commit_waits_for_the_disk(journal):
 
 
 def test_a_driver_that_holds_the_file_too_long_is_named(path, journal, monkeypatch):
-    monkeypatch.setattr(journal_module, "_BUSY_S", 0.05)
+    monkeypatch.setattr(connections, "_BUSY_S", 0.05)
     with opened(path) as impatient, database(path) as holder:
         holder.execute("BEGIN IMMEDIATE")
         with pytest.raises(CheckpointError, match=r"written: database is locked. Another process holds it"):
@@ -489,14 +491,14 @@ def test_a_folder_in_which_others_can_replace_the_file_is_refused(tmp_path, path
 
 def test_a_folder_that_a_group_can_write_is_refused_unless_it_is_the_users_own_group(tmp_path, path, monkeypatch):
     tmp_path.chmod(0o770)
-    monkeypatch.setattr(journal_module, "_is_private_group", lambda group: False)
+    monkeypatch.setattr(private, "_is_private_group", lambda group: False)
     refused(path, r"others can write to its folder")
-    monkeypatch.setattr(journal_module, "_is_private_group", lambda group: True)
+    monkeypatch.setattr(private, "_is_private_group", lambda group: True)
     filled(path, 1)
 
 
 def test_a_group_without_a_name_is_not_the_users_own():
-    assert not journal_module._is_private_group(987_654)
+    assert not private._is_private_group(987_654)
 
 
 @needs_root
@@ -518,14 +520,14 @@ def test_a_folder_like_tmp_is_no_reason_to_refuse(tmp_path, path):
 
 def test_nobody_can_place_a_file_for_sqlite_while_it_opens_a_file_in_tmp(tmp_path, path, monkeypatch):
     tmp_path.chmod(0o1777)
-    connect = journal_module._connect
+    connect = connections.connect
     names = []
 
     def observed_connect(name):
         names.append(sorted(file.name.removeprefix("search.ckpt") for file in tmp_path.iterdir()))
         return connect(name)
 
-    monkeypatch.setattr(journal_module, "_connect", observed_connect)
+    monkeypatch.setattr(connections, "connect", observed_connect)
     filled(path, 1)
     filled(path, 2)
     assert names == [["", "-journal"], ["", "-journal", "-shm", "-wal"]]
@@ -535,15 +537,15 @@ def test_nobody_can_place_a_file_for_sqlite_while_it_opens_a_file_in_tmp(tmp_pat
 
 @needs_root
 def test_what_was_placed_beside_the_file_nevertheless_is_refused_and_not_copied_into_it(path, monkeypatch):
-    before, prepare = filled(path, 1).read_bytes(), journal_module._prepare
+    before, prepare = filled(path, 1).read_bytes(), connections._prepare
 
     def prepare_after_an_attack(connection, name):
         prepare(connection, name)
         os.chown(f"{name}-wal", FOREIGN, FOREIGN)
 
     leaked = []
-    monkeypatch.setattr(journal_module, "_prepare", prepare_after_an_attack)
-    monkeypatch.setattr(journal_module, "_keep_open", leaked.append)
+    monkeypatch.setattr(connections, "_prepare", prepare_after_an_attack)
+    monkeypatch.setattr(connections, "_keep_open", leaked.append)
     with pytest.raises(CheckpointError, match=rf"-wal belongs to user {FOREIGN}"):
         Journal(path, "")
     assert path.read_bytes() == before

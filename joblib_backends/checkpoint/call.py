@@ -77,6 +77,13 @@ class ContextCheckpoint:
                 warnings.warn(f"The call goes on without its checkpoint. {error}", CheckpointWarning, stacklevel=2)
         return known if isinstance(known, cls) else None
 
+    def tell_of_damage(self) -> None:
+        """Warn if the journal found its file damaged since it was last asked."""
+        with self.lock:
+            sentence, self.journal.set_aside = self.journal.set_aside, None
+        if sentence is not None:
+            warnings.warn(sentence, CheckpointWarning, stacklevel=2)
+
     def fail(self, error: CheckpointError) -> None:
         """Note that nothing can be written, and say so once."""
         with self.lock:
@@ -96,8 +103,7 @@ class CallCheckpoint:
         self._shared = shared
         self._identities = TaskIdentities()
         self._turns: Counter[bytes] = Counter()
-        if shared.journal.set_aside is not None:
-            warnings.warn(shared.journal.set_aside, CheckpointWarning, stacklevel=2)
+        shared.tell_of_damage()
 
     def __repr__(self) -> str:
         return f"<CallCheckpoint {self._shared.journal!r}>"
@@ -132,6 +138,7 @@ class CallCheckpoint:
         except CheckpointError as error:
             self._shared.fail(error)
             return {}
+        self._shared.tell_of_damage()
         known = {}
         for place, key in enumerate(keys):
             if key in found:
@@ -155,11 +162,12 @@ class CallCheckpoint:
             except Exception as error:
                 _log.debug("A result is not kept, because it cannot be pickled: %s", error)
                 continue
-            entries.append(Entry(*key, describe(task[0]), packed, seconds / len(keys)))
+            entries.append(Entry(*key, describe(task[0]), packed, seconds / len(keys), self._identities.versions()))
         try:
             self._shared.journal.put(entries)
         except CheckpointError as error:
             self._shared.fail(error)
+        self._shared.tell_of_damage()
 
     def end(self, *, failed: bool) -> None:
         """Note that the call is over; one that failed will be run again, and its tasks have the same turns then."""

@@ -45,6 +45,7 @@ __all__ = [
     "digest_of",
     "map_buffer",
     "reserve",
+    "sweep_places",
     "write_all",
 ]
 
@@ -366,6 +367,12 @@ class _Folder:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.lock_fd)
+
+
+def sweep_places() -> None:
+    """Delete what killed processes left in the places that are used if no other is given."""
+    for place in _places(None):
+        _sweep(place)
 
 
 def _sweep(place: str) -> None:

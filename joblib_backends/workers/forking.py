@@ -100,6 +100,7 @@ class _Server:
             # The parent is gone: its workers run for nobody, for hours perhaps.
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
+            self._sweep()
             return False
         operation, number = REQUEST.unpack(data)
         if operation == FORK:
@@ -109,6 +110,16 @@ class _Server:
         elif operation == RETIRE:
             self._is_retired = True
         return True
+
+    def _sweep(self) -> None:
+        """Delete what a parent that was killed has left in shared memory: nobody else would, before the next start."""
+        for pid in list(self._children):
+            with contextlib.suppress(OSError):
+                os.waitpid(pid, 0)
+        with contextlib.suppress(Exception):
+            from ..data.store import sweep_places
+
+            sweep_places()
 
     def _fork(self, fds: list[int], streams: int, selector: selectors.BaseSelector) -> None:
         status, threads = fds[1], n_threads()
