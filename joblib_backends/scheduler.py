@@ -39,8 +39,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -49,27 +47,24 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .batches import Batch, BatchFuture, BatchQueue, Callback
 from .budget import Share, available_cores, cores_for_batch, cores_per_task
+from .completer import LOOK_INTERVAL_S, Completer, GetOutcome
 from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
-from .errors import BatchTimeoutError, DataLostError, WorkerLostError
+from .errors import BatchTimeoutError, DataLostError
 from .memory import MemoryWatch
 from .pilot import Pilot
 from .randomness import task_randomness
-from .recovery import Step, failed_results, failure_of, is_fault, next_step, pieces_of, warn
+from .recovery import is_fault
 from .relief import Relief
 from .report import CallReport, Tally
+from .rescue import Rescue
 from .router import Nested, Router
 from .sharing.call import SharedFits
 from .tiers import Tier, Work
 from .worker import Outcome, task_names
 
 __all__ = ["Call"]
-
-#: Seconds after which a waiting consumer of a generator looks for itself. A batch is done when joblib's callback has
-#: counted it, which saves joblib's own 10 ms poll; but the callback advances the user's generator too, and one that
-#: takes longer to yield, or waits for the very result, must not hold the result back.
-_LOOK_INTERVAL_S: Final = 0.010
 
 #: Seconds for which the first batches are held back at most, while the user's generator yields.
 _HOLD_S: Final = 0.002
@@ -85,10 +80,6 @@ _GATHER_UNKNOWN: Final = 64
 if TYPE_CHECKING:
     # SQLite takes 3 ms to import, which only calls with a checkpoint pay.
     from .checkpoint.call import CallCheckpoint
-
-GetOutcome = Callable[[], Outcome]
-
-_log = logging.getLogger(__name__)
 
 
 class Call:
@@ -122,7 +113,7 @@ class Call:
     Notes
     -----
     Thread-safe. The lock guards the unfinished futures, the count of their tasks, which is read without it, the first
-    failure and whether there is a completer; the queue of batches has its own. Only who takes a future out of the
+    failure; the queue of batches and the completer have their own. Only who takes a future out of the
     unfinished ones may end it.
     """
 
@@ -150,12 +141,7 @@ class Call:
         self._more_to_come = more_to_come
         self._is_lazy = is_lazy
         self._take_more = take_more
-        self._dispatch_next = dispatch_next
         self._checkpoint = checkpoint
-        # The failure of a batch that was given up, kept until everything else is done; and the futures of all such.
-        self._deferred: BaseException | None = None
-        self._given_up: set[BatchFuture] = set()
-        self._has_left_cluster = False
         self._n_submitted_tasks = 0
         self._tally = Tally(n_jobs)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
@@ -177,11 +163,10 @@ class Call:
         self._caller_came = False
         self._caller = threading.get_ident()
         self._failure: BaseException | None = None
-        self._completions: queue.SimpleQueue[tuple[Batch, GetOutcome] | None] = queue.SimpleQueue()
-        self._crew = Crew.shared()
-        warm["crew"] = self._crew
-        self._has_completer = self._caller_completes
-        self._relief = Relief(self._crew, self._help_out)
+        crew = warm["crew"] = Crew.shared()
+        self._completer = Completer(crew, self._complete, is_caller=self._caller_completes)
+        self._relief = Relief(crew, self._help_out)
+        self._rescue = Rescue(self, config, self._queue, self._router, pilot, self._tally, dispatch_next)
         self._progress = threading.Event()
         self._ended = False
 
@@ -239,7 +224,7 @@ class Call:
                 self._hold(batch)
                 return
             self._share(batch)
-            self._make_ready(batch)
+            self.place(batch)
         except BaseException as error:
             self._enqueue(batch, functools.partial(_raise, error))
             return
@@ -281,7 +266,7 @@ class Call:
         if not self._caller_completes or threading.get_ident() == self._caller:
             return
         if self._may_start(in_caller=True):
-            self._completions.put(None)
+            self._completer.wake()
 
     @property
     def runs_in_caller(self) -> bool:
@@ -292,7 +277,7 @@ class Call:
         """Return how many tasks joblib should put into the next batches."""
         return self._pilot.batch_size(self._n_pending_tasks, more_to_come=self._more_to_come(self._caller_came))
 
-    def _make_ready(self, batch: Batch) -> None:
+    def place(self, batch: Batch) -> None:
         """Send a batch where the plan says, encoded if memory is not shared there."""
         plan = self._pilot.plan_for(batch.function)
         tier = self._router.open(plan.tier)
@@ -323,7 +308,7 @@ class Call:
         for batch in self._sorted(gathered):
             try:
                 self._share(batch)
-                self._make_ready(batch)
+                self.place(batch)
             except Exception as error:
                 self._enqueue(batch, functools.partial(_raise, error))
                 continue
@@ -367,8 +352,7 @@ class Call:
         self._caller_came = True
         if self._is_held:
             self._release()
-        if self._deferred is not None:
-            self._end_if_nothing_else_is_left()
+        self._rescue.end_if_nothing_else_is_left()
         end = None if timeout is None else time.monotonic() + timeout
         wait = self._complete_until if self._caller_completes else self._wait_until
         if wait(future, end):
@@ -383,9 +367,9 @@ class Call:
     def _complete_until(self, future: BatchFuture, end: float | None) -> bool:
         """Be the completer until ``future`` has ended or the time is ``end``; return whether it has ended."""
         while not future.done():
-            if self._complete_next(0.0) or self._run_one_here():
+            if self._completer.finish_next(0.0) or self._run_one_here():
                 continue
-            if not self._complete_next(None if end is None else max(0.0, end - time.monotonic())):
+            if not self._completer.finish_next(None if end is None else max(0.0, end - time.monotonic())):
                 return future.done()
         return True
 
@@ -397,7 +381,7 @@ class Call:
                 return True
             if self._run_one_here():
                 continue
-            self._progress.wait(_LOOK_INTERVAL_S)
+            self._progress.wait(LOOK_INTERVAL_S)
             if future.ready is not None:
                 return True
             if end is not None and time.monotonic() > end:
@@ -405,7 +389,7 @@ class Call:
 
     def abort(self) -> None:
         """Give up all that is not finished. Called when joblib wants no further result."""
-        self._fail(CancelledError("The call was aborted."), None)
+        self.fail(CancelledError("The call was aborted."), None)
         self._router.abort()
 
     def end(self) -> CallReport:
@@ -416,7 +400,7 @@ class Call:
         if not self._ended:
             try:
                 self._relief.end()
-                self._completions.put(None)
+                self._completer.wake()
             finally:
                 self._router.close()
                 if self._sharing is not None:
@@ -443,7 +427,7 @@ class Call:
             # Race: a helper may have sent others to threads meanwhile, without having seen this one.
             self._in_caller = None
             self._queue.put_back(batch)
-            self._make_ready(batch)
+            self.place(batch)
             self._feed()
             return True
         outcome = self._run_here(batch)
@@ -451,7 +435,7 @@ class Call:
         self._queue.finish(batch)
         if outcome.error is not None:
             # Not when the completer comes to it: until then the next batch would have been started.
-            self._fail(outcome.error, batch.future)
+            self.fail(outcome.error, batch.future)
         self._feed()
         if self._caller_completes:
             self._complete(batch, functools.partial(_same, outcome))
@@ -555,23 +539,12 @@ class Call:
         self._enqueue(batch, functools.partial(tier.outcome, tier_future))
 
     def _enqueue(self, batch: Batch, get_outcome: GetOutcome) -> None:
-        if not self._has_completer:
-            self._start_completer(batch.future)
-        self._completions.put((batch, get_outcome))
-
-    def _start_completer(self, future: BatchFuture) -> None:
-        with self._lock:
-            starts, self._has_completer = not self._has_completer, True
-        if not starts:
-            return
         try:
-            self._crew.run(self._complete_all)
+            self._completer.put(batch, get_outcome)
         except BaseException as error:
-            # Nobody would complete anything: whoever waits is told why.
-            self._has_completer = False
-            self._fail(error, future)
+            self.fail(error, batch.future)
 
-    def _fail(self, error: BaseException, culprit: BatchFuture | None) -> None:
+    def fail(self, error: BaseException, culprit: BatchFuture | None) -> None:
         """End every unfinished future with ``error``, the first failure of the call; later ones change nothing."""
         with self._lock:
             if self._failure is not None:
@@ -586,46 +559,25 @@ class Call:
             future.set_exception(error)
         self._progress.set()
         if self._caller_completes:
-            self._completions.put(None)
+            self._completer.wake()
         if culprit is not None and self._joblib_polls:
             self._call_back(culprit)
 
     # ---- called in the completer: the caller, or a thread of the crew
-
-    def _complete_all(self) -> None:
-        """Finish batches until the call ends. The body of the crew's completer."""
-        while (item := self._completions.get()) is not None:
-            self._complete(*item)
-            # An idle thread must not keep the last batch's data alive.
-            del item
-
-    def _complete_next(self, wait_s: float | None) -> bool:
-        """Finish the next batch that is done, after at most ``wait_s`` seconds; return whether something came."""
-        try:
-            item = self._completions.get(timeout=wait_s) if wait_s != 0.0 else self._completions.get_nowait()
-        except queue.Empty:
-            return False
-        if item is not None:
-            self._complete(*item)
-        return True
 
     def _help_out(self, may_complete: bool) -> None:
         """Do the caller's part while it runs a batch that takes long. Called in a thread of the crew."""
         self._replan()
         if not may_complete:
             return
+        has_taken = True
         try:
-            item = self._completions.get(timeout=_LOOK_INTERVAL_S)
-        except queue.Empty:
-            return
-        try:
-            if item is not None:
-                self._complete(*item)
+            has_taken = self._completer.finish_next(LOOK_INTERVAL_S)
         finally:
-            if not self._relief.is_on_duty:
+            if has_taken and not self._relief.is_on_duty:
                 # Race: the caller is back, and waits for what this thread just took: its result, or the end of a batch
                 # that kept it from running the next. A caller that is still in its batch looks at all that afterwards.
-                self._completions.put(None)
+                self._completer.wake()
 
     def _replan(self) -> None:
         """Let the pilot decide again, and send the batches that wait where it now says."""
@@ -634,9 +586,8 @@ class Call:
         running = self._relief.running
         if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=running, in_caller=in_caller):
             return
-        self._place_waiting(only_here=False)
-        self._feed()
-        self._tell_caller()
+        self.place_waiting(only_here=False)
+        self.start_what_waits()
 
     def _complete(self, batch: Batch, get_outcome: GetOutcome) -> None:
         fault: BaseException | None
@@ -651,20 +602,20 @@ class Call:
             outcome = Outcome(None, error)
             fault = error if is_fault(error) else None
         if fault is not None and batch.future in self._unfinished:
-            self._recover(batch, fault)
+            self._rescue.of(batch, fault)
         elif outcome.error is not None:
-            self._note_end(batch, outcome)
+            self.note_end(batch, outcome)
             if batch.future in self._unfinished:
-                self._fail(outcome.error, batch.future)
+                self.fail(outcome.error, batch.future)
         else:
-            self._finish(batch, outcome)
+            self.finish(batch, outcome)
 
-    def _finish(self, batch: Batch, outcome: Outcome) -> None:
+    def finish(self, batch: Batch, outcome: Outcome) -> None:
         """Take the results of a batch, and deliver them if nothing else belongs to them."""
         results = outcome.results or []
         if self._checkpoint is not None and batch.keys and batch.tier is not None:
             self._checkpoint.keep(batch.keys, batch.items, results, outcome.spent.wall)
-        self._note_end(batch, outcome)
+        self.note_end(batch, outcome)
         if batch.parts is not None:
             if not batch.parts.put(batch.positions, results):
                 self._replan()
@@ -676,10 +627,9 @@ class Call:
         if is_wanted:
             self._deliver(batch.future, results)
             self._replan()
-            if self._deferred is not None:
-                self._end_if_nothing_else_is_left()
+            self._rescue.end_if_nothing_else_is_left()
 
-    def _note_end(self, batch: Batch, outcome: Outcome) -> None:
+    def note_end(self, batch: Batch, outcome: Outcome) -> None:
         """Count a batch that runs no more, and learn from it if it ran."""
         with self._lock:
             self._n_pending_tasks -= batch.size
@@ -691,97 +641,46 @@ class Call:
             size, busy_s, together = batch.size, self._queue.busy_seconds(), batch.n_together
             self._pilot.observe(batch.plan.tier, size, outcome.spent, busy_s, together, is_mixed=batch.is_mixed)
 
-    # ---- what was lost
+    # ---- called by the rescue, too
 
-    def _recover(self, batch: Batch, fault: BaseException) -> None:
-        """Have a batch that was lost run again, or give it up."""
-        if isinstance(fault, WorkerLostError):
-            self._tally.add_fault(lost_workers=fault.n_deaths)
-        step = next_step(batch, fault, self._config)
-        _log.debug("A batch of %s was lost, %s: %s", self._tally.function, step, fault)
-        try:
-            if step == "give up":
-                self._give_up(batch, failure_of(batch, fault, self._config))
-            elif step == "fail" or (step == "leave the cluster" and not self._leave_cluster(fault)):
-                self._note_end(batch, Outcome(None, fault))
-                self._fail(fault, batch.future)
-            else:
-                self._run_again(batch, step)
-        except BaseException as error:
-            self._fail(error, batch.future)
+    @property
+    def unfinished(self) -> set[BatchFuture]:
+        """The futures that have not ended."""
+        with self._lock:
+            return set(self._unfinished)
 
-    def _run_again(self, batch: Batch, step: Step) -> None:
-        """Let a batch wait for another turn, with its data placed anew if that may be gone."""
-        pieces = [batch]
-        if step == "run again":
-            self._pilot.lost_worker()
-            self._place_waiting(only_here=True)
-            pieces = pieces_of(batch, self._config)
-        if batch.payload is not None:
-            # A worker that reads from a file that was cut short is killed for it.
-            self._router.place_again(batch.payload)
-        self._tally.add_fault(retries=1)
-        was_started = bool(batch.started)
-        for piece in pieces:
-            piece.payload, piece.started = None, 0.0
-            if self._sharing is not None and piece is not batch:
-                piece.prefixes = self._sharing.prefixes_of(piece.steps)
-                self._share(piece)
-            self._make_ready(piece)
-        if was_started:
-            self._queue.put_again(batch, pieces)
-        else:
-            for piece in pieces:
-                self._queue.put(piece)
+    @property
+    def has_dispatched(self) -> bool:
+        """Whether the caller has handed over all that it does by itself: it has come for results, or polls."""
+        return self._caller_came or self._joblib_polls
+
+    @property
+    def n_local_jobs(self) -> int:
+        """Batches that may run at once on this machine."""
+        return min(self._n_jobs, self._cores)
+
+    def limit_jobs(self, n_jobs: int) -> None:
+        """Run fewer batches at once from now on."""
+        self._n_jobs = n_jobs
+        self._queue.limit(n_jobs)
+
+    def share_part(self, piece: Batch) -> None:
+        """Find out what a part of a batch has in common with others."""
+        if self._sharing is not None:
+            piece.prefixes = self._sharing.prefixes_of(piece.steps)
+            self._share(piece)
+
+    def drop_shares(self, batch: Batch) -> None:
+        """Note that a batch will never need what it has in common with others."""
+        if self._sharing is not None and batch.tier is not None:
+            self._sharing.give_up(batch.prefixes)
+
+    def start_what_waits(self) -> None:
+        """Start what may start now, here or in the calling thread."""
         self._feed()
         self._tell_caller()
 
-    def _leave_cluster(self, fault: BaseException) -> bool:
-        """Send everything to the local tiers from now on; return whether that is possible."""
-        if self._has_left_cluster:
-            return True
-        n_jobs = min(self._n_jobs, self._cores)
-        if not self._router.leave_cluster(n_jobs):
-            return False
-        self._has_left_cluster = True
-        self._n_jobs = n_jobs
-        self._queue.limit(n_jobs)
-        self._pilot.leave_cluster()
-        self._place_waiting(only_here=False)
-        warn(f"The Dask cluster was lost, and the call goes on with {n_jobs} jobs on this machine: {fault}")
-        return True
-
-    def _give_up(self, batch: Batch, failure: BaseException) -> None:
-        """End a batch that cannot be had: with a score that says so, or with the call, once all else is done."""
-        if self._sharing is not None and batch.tier is not None:
-            self._sharing.give_up(batch.prefixes)
-        results = failed_results(batch, failure)
-        if results is not None:
-            warn(f"A task of a search was given up and gets its error_score: {failure}")
-            batch.keys = ()  # the next run may have more luck
-            self._finish(batch, Outcome(results, None))
-            self._feed()
-            return
-        self._note_end(batch, Outcome(None, failure))
-        with self._lock:
-            self._deferred = self._deferred or failure
-            self._given_up.add(batch.future)
-        self._feed()
-        # joblib dispatches the next tasks when some are done, which these never will be.
-        self._dispatch_next()
-        self._end_if_nothing_else_is_left()
-
-    def _end_if_nothing_else_is_left(self) -> None:
-        """End the call with what was given up, if that is all that is left of it."""
-        if not (self._caller_came or self._joblib_polls):
-            return  # it dispatches still, and comes here then
-        while self._unfinished <= self._given_up:
-            if not self._dispatch_next():
-                assert self._deferred is not None
-                self._fail(self._deferred, next(iter(self._given_up), None))
-                return
-
-    def _place_waiting(self, *, only_here: bool) -> None:
+    def place_waiting(self, *, only_here: bool) -> None:
         """Send batches that wait where the plan now says: all, or those that would run in this process."""
         for batch in self._queue.waiting:
             if self._queue.is_closed:
@@ -789,9 +688,9 @@ class Call:
             if only_here and (batch.tier is None or not batch.tier.shares_memory):
                 continue
             try:
-                self._make_ready(batch)
+                self.place(batch)
             except BaseException as error:
-                self._fail(error, batch.future)
+                self.fail(error, batch.future)
 
     def _finish_shared(self, sharing: SharedFits, batch: Batch, results: list[Any]) -> list[Any]:
         if not self._more_to_come(self._caller_came):
@@ -821,7 +720,7 @@ class Call:
                 with task_randomness.outside() if is_apart else contextlib.nullcontext():
                     callback(future)
         except BaseException as error:
-            self._fail(error, None)
+            self.fail(error, None)
             if not isinstance(error, Exception) and threading.get_ident() == self._caller:
                 # Ctrl-C before joblib noted it: swallowed here, joblib would wait for batches that nobody dispatches.
                 raise

@@ -463,9 +463,9 @@ def test_a_caller_that_waits_is_woken_for_a_batch_that_is_left_to_it():
 
 def test_who_stands_in_for_the_caller_leaves_it_what_wakes_it():
     with undecided_call() as (call, _):
-        call._completions.put(None)
+        call._completer.wake()
         call._help_out(True)
-        assert call._completions.get_nowait() is None
+        assert call._completer._done.get_nowait() is None
 
 
 def test_who_completes_a_batch_for_the_caller_wakes_it():
@@ -476,4 +476,4 @@ def test_who_completes_a_batch_for_the_caller_wakes_it():
         answer(*ManualTier.pending[0])
         call._help_out(True)
         assert future.done()
-        assert call._completions.get_nowait() is None
+        assert call._completer._done.get_nowait() is None
