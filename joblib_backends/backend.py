@@ -11,13 +11,14 @@ Latency: with ``supports_retrieve_callback = True`` joblib's main thread polls e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import queue
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from joblib import parallel as joblib_parallel
@@ -281,7 +282,8 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         try:
             load_tier(tier).capacity(config)
         except ClusterUnavailableError as error:
-            if not config.fallback:
+            # What is on the cluster only cannot be had here.
+            if not config.fallback or any(map(load_tier(tier).is_remote, config.scatter)):
                 raise
             self._facts = dataclasses.replace(self._facts, cluster_is_lost=True)
             warn(f"The call runs on this machine (fallback=False makes this an error). {error}")
@@ -452,7 +454,7 @@ def _dispatch_next(parallel_ref: Callable[[], Any]) -> bool:
     parallel = parallel_ref()
     if parallel is None or parallel._aborting or parallel._original_iterator is None:
         return False
-    with parallel._lock:
+    with _failures_registered(parallel), parallel._lock:
         # Race: a callback in another thread may have come to the end of the input meanwhile.
         if parallel._original_iterator is not None:
             parallel.dispatch_next()
@@ -466,14 +468,22 @@ def _is_lazy(parallel_ref: Callable[[], Any]) -> bool:
 
 
 def _call_back(parallel: Any, callback: Callback, future: BatchFuture) -> None:
-    """Call joblib back, and raise what the user's generator of tasks raised meanwhile.
+    """Call joblib back, and raise what the user's generator of tasks raised meanwhile."""
+    with _failures_registered(parallel):
+        callback(future)
+    _raise_failure(parallel)
+
+
+@contextlib.contextmanager
+def _failures_registered(parallel: Any) -> Iterator[None]:
+    """Have joblib know what the user's generator of tasks raises in this block.
 
     joblib registers an ``Exception`` of the generator as a failed job and goes on; raised here, it ends what runs.
     Anything else (``sys.exit``, Ctrl-C) would leave joblib waiting for tasks that nobody dispatches any more, so it
     is registered the same way.
     """
     try:
-        callback(future)
+        yield
     except BaseException as error:
         if parallel._aborting:
             raise
@@ -481,7 +491,6 @@ def _call_back(parallel: Any, callback: Callback, future: BatchFuture) -> None:
         parallel._register_new_job(job)
         job._register_outcome({"result": error, "status": joblib_parallel.TASK_ERROR})
         raise
-    _raise_failure(parallel)
 
 
 def _raise_failure(parallel: Any) -> None:

@@ -40,18 +40,30 @@ class BatchFuture(Future[list[Any]]):
 
 
 class Parts:
-    """The results of a batch whose tasks do not all run together. Filled by one thread at a time."""
+    """The results of a batch whose tasks do not all run together. Thread-safe."""
 
     def __init__(self, size: int) -> None:
         self.results: list[Any] = [None] * size
-        self.n_left = size
+        #: Whether a part was given up; then the batch has no results.
+        self.has_failed = False
+        self._n_left = size
+        self._lock = threading.Lock()
 
     def put(self, positions: Sequence[int], results: Sequence[Any]) -> bool:
-        """Take the results of the tasks at ``positions``; return whether all are there."""
+        """Take the results of the tasks at ``positions``; return whether nothing of the batch is left."""
         for position, result in zip(positions, results, strict=True):
             self.results[position] = result
-        self.n_left -= len(positions)
-        return not self.n_left
+        return self._end(len(positions))
+
+    def give_up(self, positions: Sequence[int]) -> bool:
+        """Note that the tasks at ``positions`` have no results; return whether nothing of the batch is left."""
+        self.has_failed = True
+        return self._end(len(positions))
+
+    def _end(self, n_tasks: int) -> bool:
+        with self._lock:
+            self._n_left -= n_tasks
+            return not self._n_left
 
 
 class Batch:
@@ -73,7 +85,8 @@ class Batch:
 
     __slots__ = (
         "first_task", "function", "future", "is_alone", "is_mixed", "keys", "n_lost", "n_replaced", "n_together",
-        "nested", "parts", "payload", "plan", "positions", "prefixes", "runs", "size", "started", "steps", "tier",
+        "n_tried", "nested", "parts", "payload", "plan", "positions", "prefixes", "runs", "size", "started", "steps",
+        "tier",
     )  # fmt: skip
 
     def __init__(
@@ -93,9 +106,10 @@ class Batch:
         self.size = len(self.positions)
         # What its tasks are known by in a checkpoint.
         self.keys: Sequence[Any] = ()
-        # How many workers died over it, and how often its data was placed again; whether it is to run when nothing
-        # else does.
+        # How many workers died over it, by the count of its tier, and in how many tries; how often its data was placed
+        # again; whether it is to run when nothing else does.
         self.n_lost = 0
+        self.n_tried = 0
         self.n_replaced = 0
         self.is_alone = False
         # What a worker is given to run: the same, or the same with what it shares with others.
@@ -120,14 +134,14 @@ class Batch:
 
     def split(self, groups: Sequence[Sequence[int]]) -> list[Batch]:
         """Return a batch for each group of tasks, given by their places in this one, which then is never run itself."""
-        parts = self.parts or Parts(self.size)
+        parts, items = self.parts or Parts(self.size), self.items
         pieces = []
         for group in groups:
             function: Any = copy.copy(self.function)
-            function.items = [self.items[place] for place in group]
+            function.items = [items[place] for place in group]
             positions = [self.positions[place] for place in group]
             piece = Batch(self.future, function, self.nested, self.first_task, parts, positions)
-            piece.n_lost = self.n_lost
+            piece.n_lost, piece.n_tried = self.n_lost, self.n_tried
             if self.keys:
                 piece.keys = [self.keys[place] for place in group]
             if self.steps:

@@ -105,6 +105,10 @@ class DataLostError(HybridError, FileNotFoundError):
     """A file that a batch refers to is gone. Users see it only if it is gone again each time it is placed."""
 
 
+class BatchDataLostError(DataLostError):
+    """The same, where a worker loads a batch: what a task itself raises is its own. Never reaches the user."""
+
+
 class ClusterLostError(HybridError, ConnectionError):
     """A Dask cluster went away, or lost all its workers, with batches on it; with ``fallback=False`` the call ends."""
 

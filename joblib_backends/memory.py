@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
-__all__ = ["MemoryWatch", "available_nbytes", "memory_nbytes"]
+__all__ = ["LOOK_AGAIN_S", "MemoryWatch", "available_nbytes", "memory_nbytes"]
 
 #: Where Linux mounts control groups of the second and of the first version.
 _GROUPS: Final = Path("/sys/fs/cgroup")
@@ -25,6 +25,14 @@ _SHORT_NBYTES: Final = 1 << 30
 
 #: Seconds for which an answer holds: a look takes up to 0.1 ms, and to fill 1 GB takes a process longer than this.
 _VALID_S: Final = 0.1
+
+
+#: Seconds after which somebody who was refused should ask again.
+LOOK_AGAIN_S: Final = 0.5
+
+#: Seconds after which one more may start although memory is short: what takes it may be somebody else's, or what runs
+#: may wait for what would start.
+_PATIENCE_S: Final = 5.0
 
 
 class _Group(NamedTuple):
@@ -66,6 +74,7 @@ class MemoryWatch:
     def __init__(self) -> None:
         self._reserve = min(memory_nbytes() * _SHORT_FRACTION, _SHORT_NBYTES)
         self._answer, self._asked = False, -_VALID_S
+        self._refused_since: float | None = None
 
     def __repr__(self) -> str:
         return f"<MemoryWatch {'short' if self._answer else 'enough'}>"
@@ -78,6 +87,17 @@ class MemoryWatch:
             available = available_nbytes()
             self._answer, self._asked = available is not None and available < self._reserve, now
         return self._answer
+
+    def allows_another(self) -> bool:
+        """Return whether a batch may start beside those that run. Who is refused asks again, after ``LOOK_AGAIN_S``."""
+        if not self.is_short:
+            self._refused_since = None
+            return True
+        now = time.monotonic()
+        since = self._refused_since
+        if since is None or now - since > _PATIENCE_S:
+            self._refused_since = now
+        return since is not None and now - since > _PATIENCE_S
 
 
 @functools.lru_cache(maxsize=1)

@@ -62,6 +62,7 @@ def next_step(batch: Batch, fault: BaseException, config: Config) -> Step:
         return "place again" if batch.n_replaced <= max(1, config.retries) else "fail"
     if isinstance(fault, TaskTimeoutError):
         return "give up"
+    batch.n_tried += 1
     n_deaths = fault.n_deaths if isinstance(fault, WorkerLostError) else 1
     if not n_deaths:
         return "fail"
@@ -72,10 +73,11 @@ def next_step(batch: Batch, fault: BaseException, config: Config) -> Step:
 
 def pieces_of(batch: Batch, config: Config) -> list[Batch]:
     """Return what is to run in the place of a batch that lost its worker: its tasks one by one, or itself."""
-    pieces = batch.split([[place] for place in range(batch.size)]) if len(batch.items) > 1 else [batch]
-    for piece in pieces:
-        piece.is_alone = piece.n_lost >= config.retries
-    return pieces
+    if batch.size > 1:
+        # Not alone, or a large batch would run one by one: the worker that a task kills is now its own.
+        return batch.split([[place] for place in range(batch.size)])
+    batch.is_alone = batch.n_lost >= config.retries
+    return [batch]
 
 
 def failure_of(batch: Batch, fault: BaseException, config: Config) -> BaseException:
@@ -84,22 +86,26 @@ def failure_of(batch: Batch, fault: BaseException, config: Config) -> BaseExcept
     name = describe(items[0][0]) if items else describe(batch.function)
     what = f"{name}, {_which_tasks(batch)}"
     failure: HybridError
-    if isinstance(fault, WorkerLostError):
+    if isinstance(fault, WorkerLostError) and fault.n_deaths:
         memory = f" It had used {fault.peak_nbytes / 1e6:.0f} MB." if fault.peak_nbytes else ""
         failure = WorkerLostError(
             f"Each worker that ran {what}, died: {fault.how}.{memory} The task itself ends its process, crashes in "
             "compiled code or needs more memory than there is: run it alone to see, or use fewer jobs. It was tried "
-            f"{batch.n_lost} times (retries={config.retries}){', the last time alone' if config.retries else ''}.",
+            f"{batch.n_tried} times (retries={config.retries}){', the last time alone' if batch.is_alone else ''}.",
             exit_code=fault.exit_code,
             peak_nbytes=fault.peak_nbytes,
             n_deaths=batch.n_lost,
             how=fault.how,
         )
     elif isinstance(fault, TaskTimeoutError):
+        is_thread = batch.tier is not None and batch.tier.shares_memory
+        end = "its thread was left to itself" if is_thread else "its worker was replaced"
         failure = TaskTimeoutError(
-            f"{what}, ran longer than task_timeout={config.task_timeout:g} seconds, and its worker was replaced. Give "
-            "it more time, or less to do."
+            f"{what}, ran longer than task_timeout={config.task_timeout:g} seconds, and {end}. Give it more time, or "
+            "less to do."
         )
+    elif isinstance(fault, DataLostError):
+        failure = DataLostError(*fault.args)
     else:
         return fault
     failure.__cause__ = fault

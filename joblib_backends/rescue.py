@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Protocol
 
 from .batches import Batch, BatchFuture, BatchQueue
@@ -32,12 +32,23 @@ class Rescued(Protocol):
         """The futures that have not ended."""
 
     @property
+    def is_in_caller(self) -> bool:
+        """Whether this is the thread that called joblib."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the call has failed already."""
+
+    @property
     def has_dispatched(self) -> bool:
         """Whether the caller has handed over all that it does by itself."""
 
     @property
     def n_local_jobs(self) -> int:
         """Batches that may run at once on this machine."""
+
+    def dispatch_next(self) -> bool:
+        """Have joblib dispatch the next tasks; return whether there may be more."""
 
     def limit_jobs(self, n_jobs: int) -> None:
         """Run fewer batches at once from now on."""
@@ -76,8 +87,6 @@ class Rescue:
         The call.
     config, queue, router, pilot, tally
         Of the call.
-    dispatch_next : callable
-        Has joblib dispatch the next tasks, and returns whether there may be more.
     """
 
     def __init__(
@@ -88,7 +97,6 @@ class Rescue:
         router: Router,
         pilot: Pilot,
         tally: Tally,
-        dispatch_next: Callable[[], bool],
     ) -> None:
         self._call = call
         self._config = config
@@ -96,7 +104,6 @@ class Rescue:
         self._router = router
         self._pilot = pilot
         self._tally = tally
-        self._dispatch_next = dispatch_next
         self._lock = threading.Lock()
         # The failure of the first batch that was given up, kept until all else is done; and the futures of all such.
         self._deferred: BaseException | None = None
@@ -116,12 +123,18 @@ class Rescue:
             if step == "give up":
                 self._give_up(batch, failure_of(batch, fault, self._config))
             elif step == "fail" or (step == "leave the cluster" and not self._leave_cluster(fault)):
-                self._call.note_end(batch, Outcome(None, fault))
-                self._call.fail(fault, batch.future)
+                failure = failure_of(batch, fault, self._config)
+                self._call.note_end(batch, Outcome(None, failure))
+                self._call.fail(failure, batch.future)
             else:
                 self._run_again(batch, step)
-        except BaseException as error:
+        except Exception as error:
             self._call.fail(error, batch.future)
+        except BaseException as error:
+            # Ctrl-C, where joblib waits for it: swallowed here, it would wait for a batch that nobody finishes.
+            self._call.fail(error, batch.future)
+            if self._call.is_in_caller:
+                raise
 
     def _run_again(self, batch: Batch, step: Step) -> None:
         """Let a batch wait for another turn, with its data placed anew if that may be gone."""
@@ -131,7 +144,7 @@ class Rescue:
             self._call.place_waiting(only_here=True)
             pieces = pieces_of(batch, self._config)
         if batch.payload is not None:
-            # A worker that reads from a file that was cut short is killed for it.
+            # Always: a worker that reads from a file that was cut short is killed for it.
             self._router.place_again(batch.payload)
         self._tally.add_fault(retries=1)
         was_started = bool(batch.started)
@@ -158,7 +171,7 @@ class Rescue:
         self._call.limit_jobs(n_jobs)
         self._pilot.leave_cluster()
         self._call.place_waiting(only_here=False)
-        warn(f"The Dask cluster was lost, and the call goes on with {n_jobs} jobs on this machine: {fault}")
+        warn(f"The call goes on with {n_jobs} jobs on this machine, without its Dask cluster. {fault}")
         return True
 
     def _give_up(self, batch: Batch, failure: BaseException) -> None:
@@ -174,17 +187,27 @@ class Rescue:
         self._call.note_end(batch, Outcome(None, failure))
         with self._lock:
             self._deferred = self._deferred or failure
-            self._given_up.add(batch.future)
         self._call.start_what_waits()
-        # joblib dispatches the next tasks when some are done, which these never will be.
-        self._dispatch_next()
+        if batch.parts is None or batch.parts.give_up(batch.positions):
+            self.give_up_future(batch.future)
+
+    def give_up_future(self, future: BatchFuture) -> None:
+        """Note that a batch has no result, and nothing of it runs any more."""
+        with self._lock:
+            self._given_up.add(future)
+        if not self._call.has_failed:
+            # joblib dispatches the next tasks when some are done, which these never will be.
+            self._call.dispatch_next()
         self.end_if_nothing_else_is_left()
 
     def end_if_nothing_else_is_left(self) -> None:
         """End the call with what was given up, if that is all that is left of it."""
         if self._deferred is None or not self._call.has_dispatched:
             return
-        while set(self._call.unfinished) <= self._given_up:
-            if not self._dispatch_next():
+        while not self._call.has_failed and set(self._call.unfinished) <= self._given_up:
+            if not self._call.dispatch_next():
                 self._call.fail(self._deferred, next(iter(self._given_up)))
-                return
+
+    def failure_of(self, future: BatchFuture) -> BaseException | None:
+        """Return what a batch was given up for that waits for the others; None if it was not."""
+        return self._deferred if future in self._given_up else None

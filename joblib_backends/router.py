@@ -6,6 +6,7 @@ Thread-safe. One lock guards the open tiers; another is held while a batch is en
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 from .config import Config
 from .data.codec import Encoder, Payload
 from .data.scope import ResidentScope
+from .errors import DataLostError
 from .report import Tally
 from .tiers import Tier, load_tier
 
@@ -104,17 +106,31 @@ class Router:
             self._tally.add_payload(self._encoder.scatter(values), 0, 0)
             self._warm[key] = True
 
-    def place_again(self, batch_payload: Payload) -> None:
-        """Have what a batch refers to, and is not there any more, placed anew when the batch is next encoded."""
-        n_lost = self._scope.store.forget_lost(batch_payload.residents)
-        _log.debug("%d of %d residents of a batch are gone", n_lost, len(batch_payload.residents))
+    def place_again(self, payload: Payload) -> None:
+        """Have what a batch refers to, and is not there any more, placed anew when the batch is next encoded.
+
+        Raises
+        ------
+        DataLostError
+            If tasks write to it in common (``mmap_mode="r+"``): what they have written is nowhere else.
+        """
+        lost = self._scope.store.forget_lost(payload.residents)
+        _log.debug("%d of %d residents of a batch are gone", len(lost), len(payload.residents))
+        for resident in lost:
+            if resident.shared:
+                raise DataLostError(
+                    errno.ENOENT,
+                    f"An array that tasks write to in common (mmap_mode={self._config.mmap_mode!r}) is gone, and what "
+                    "they have written with it. Was its file deleted? Run the call again",
+                    resident.path,
+                )
 
     def leave_cluster(self, n_jobs: int) -> bool:
         """Open tiers for fewer jobs from now on; return whether batches can go there."""
         with self._encoding, self._lock:
             self._n_jobs = min(self._n_jobs, n_jobs)
             # What is on the cluster only is lost with it.
-            return self._encoder is None or not self._encoder.has_references
+            return not any(map(load_tier("dask").is_remote, self._config.scatter))
 
     def abort(self) -> None:
         """Give up what runs and waits on every tier."""

@@ -51,8 +51,8 @@ from .completer import LOOK_INTERVAL_S, Completer, GetOutcome
 from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
-from .errors import BatchTimeoutError, DataLostError
-from .memory import MemoryWatch
+from .errors import BatchDataLostError, BatchTimeoutError
+from .memory import LOOK_AGAIN_S, MemoryWatch
 from .pilot import Pilot
 from .randomness import task_randomness
 from .recovery import is_fault
@@ -141,8 +141,11 @@ class Call:
         self._more_to_come = more_to_come
         self._is_lazy = is_lazy
         self._take_more = take_more
+        self._dispatch_next = dispatch_next
         self._checkpoint = checkpoint
         self._n_submitted_tasks = 0
+        # Whether a look at memory is due, because a batch was held back.
+        self._looks_again = False
         self._tally = Tally(n_jobs)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
@@ -166,7 +169,7 @@ class Call:
         crew = warm["crew"] = Crew.shared()
         self._completer = Completer(crew, self._complete, is_caller=self._caller_completes)
         self._relief = Relief(crew, self._help_out)
-        self._rescue = Rescue(self, config, self._queue, self._router, pilot, self._tally, dispatch_next)
+        self._rescue = Rescue(self, config, self._queue, self._router, pilot, self._tally)
         self._progress = threading.Event()
         self._ended = False
 
@@ -359,6 +362,10 @@ class Call:
             # Read once: the completer takes ``ready`` away when it has set the result.
             ready = future.ready
             return future.result() if ready is None else ready
+        given_up_for = self._rescue.failure_of(future)
+        if given_up_for is not None:
+            self.fail(given_up_for, future)
+            raise given_up_for
         raise BatchTimeoutError(
             f"A batch of {self._tally.function} had no result after timeout={timeout} seconds of waiting for it. "
             "Give Parallel a larger timeout, or smaller tasks."
@@ -481,13 +488,24 @@ class Call:
         looks_ahead = not self._pilot.has_seen_nothing
         if self._is_held or not self._queue.has_next(in_caller=in_caller, looks_ahead=looks_ahead):
             return False
-        return not self._memory_is_short()
+        return self._memory_allows_another()
 
-    def _memory_is_short(self) -> bool:
-        """Return whether a batch more, beside those that run here, might have the kernel kill something."""
+    def _memory_allows_another(self) -> bool:
+        """Return whether there is memory for a batch more beside those that run here; if not, it is asked again."""
         if not self._queue.is_running or time.perf_counter() - self._first_submit < _NO_LOOK_AT_MEMORY_S:
-            return False
-        return not self._queue.runs_on("dask") and MemoryWatch.shared().is_short
+            return True
+        if self._queue.runs_on("dask") or MemoryWatch.shared().allows_another():
+            return True
+        if not self._looks_again:
+            self._looks_again = True
+            timer = threading.Timer(LOOK_AGAIN_S, self._look_again)
+            timer.daemon = True
+            timer.start()
+        return False
+
+    def _look_again(self) -> None:
+        self._looks_again = False
+        self.start_what_waits()
 
     def _start_next(self, *, in_caller: bool) -> Batch | None:
         if not self._may_start(in_caller=in_caller):
@@ -594,13 +612,20 @@ class Call:
         try:
             outcome = get_outcome()
             # Never what a task raised: a call inside it has faults of its own.
-            fault = outcome.error if isinstance(outcome.error, DataLostError) else None
+            fault = outcome.error if isinstance(outcome.error, BatchDataLostError) else None
             if self._sharing is not None and outcome.results is not None and batch.tier is not None:
                 results = self._finish_shared(self._sharing, batch, outcome.results)
                 outcome = dataclasses.replace(outcome, results=results)
         except BaseException as error:
             outcome = Outcome(None, error)
             fault = error if is_fault(error) else None
+        try:
+            self._settle(batch, outcome, fault)
+        except Exception as error:
+            # A warning that the user has made an error, say: whoever waits for the batch is told.
+            self.fail(error, batch.future)
+
+    def _settle(self, batch: Batch, outcome: Outcome, fault: BaseException | None) -> None:
         if fault is not None and batch.future in self._unfinished:
             self._rescue.of(batch, fault)
         elif outcome.error is not None:
@@ -619,6 +644,9 @@ class Call:
         if batch.parts is not None:
             if not batch.parts.put(batch.positions, results):
                 self._replan()
+                return
+            if batch.parts.has_failed:
+                self._rescue.give_up_future(batch.future)
                 return
             results = batch.parts.results
         with self._lock:
@@ -650,9 +678,27 @@ class Call:
             return set(self._unfinished)
 
     @property
+    def is_in_caller(self) -> bool:
+        """Whether this is the thread that called joblib."""
+        return threading.get_ident() == self._caller
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the call has failed already."""
+        return self._failure is not None
+
+    @property
     def has_dispatched(self) -> bool:
-        """Whether the caller has handed over all that it does by itself: it has come for results, or polls."""
+        """Whether the caller has handed over all that it does by itself: it has come for results.
+
+        A caller that polls never comes. If its input is slow, and pre_dispatch="all", it may dispatch still.
+        """
         return self._caller_came or self._joblib_polls
+
+    def dispatch_next(self) -> bool:
+        """Have joblib dispatch the next tasks; return whether there may be more."""
+        with self._apart_from_caller():
+            return self._dispatch_next()
 
     @property
     def n_local_jobs(self) -> int:
@@ -714,16 +760,20 @@ class Call:
         callback, future.callback = future.callback, None
         try:
             if callback is not None:
-                # In a helper the caller's task may be going on. A generator that has ended draws nothing.
-                in_helper = threading.get_ident() != self._caller and self._more_to_come(self._caller_came)
-                is_apart = in_helper and self._pilot.guards_generator
-                with task_randomness.outside() if is_apart else contextlib.nullcontext():
+                with self._apart_from_caller():
                     callback(future)
         except BaseException as error:
             self.fail(error, None)
             if not isinstance(error, Exception) and threading.get_ident() == self._caller:
                 # Ctrl-C before joblib noted it: swallowed here, joblib would wait for batches that nobody dispatches.
                 raise
+
+    def _apart_from_caller(self) -> contextlib.AbstractContextManager[object]:
+        """Return a block in which the user's generator draws no random numbers of a task in the calling thread."""
+        # In a helper the caller's task may be going on. A generator that has ended draws nothing.
+        in_helper = threading.get_ident() != self._caller and self._more_to_come(self._caller_came)
+        is_apart = in_helper and self._pilot.guards_generator
+        return task_randomness.outside() if is_apart else contextlib.nullcontext()
 
 
 def _same(outcome: Outcome) -> Outcome:

@@ -22,7 +22,7 @@ from joblib import parallel_config
 
 from .budget import Share, keep_limits, keep_thread_limits, limited, using
 from .data.codec import Wire, describe, load
-from .errors import DataLostError, RemoteTraceback, ResultPicklingError, TaskLoadError
+from .errors import BatchDataLostError, DataLostError, RemoteTraceback, ResultPicklingError, TaskLoadError
 
 __all__ = ["Outcome", "PackedOutcome", "run_here", "run_payload", "unpack"]
 
@@ -203,8 +203,8 @@ def _run_tasks(wire: Wire, limits: dict[str, int]) -> list[Any]:
 def _load(part: str, stream: bytes, refs: Any) -> Any:
     try:
         return load(stream, refs)
-    except DataLostError:
-        raise
+    except DataLostError as error:
+        raise BatchDataLostError(*error.args) from error
     except Exception as error:
         raise TaskLoadError(
             f"A worker could not load the {part} of a batch: {type(error).__name__}: {error}. {_load_hint(error)}"

@@ -110,7 +110,15 @@ class CallCheckpoint:
 
     def keys_of(self, tasks: Sequence[Task]) -> list[TaskKey]:
         """Return what the next tasks of the call are known by."""
-        return [self._key_of(*task) for task in tasks]
+        keys: list[TaskKey] = []
+        for task in tasks:
+            try:
+                keys.append(self._key_of(*task))
+            except Exception as error:
+                # In code of the user, a get_params or a __reduce__: it will fail again where it is expected to.
+                _log.debug("A task is not kept, because it cannot be told what it is: %s", error)
+                keys.append(None)
+        return keys
 
     def _key_of(self, callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TaskKey:
         is_seeded = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any, Final
 
 import distributed
@@ -9,7 +12,7 @@ import distributed
 from ..config import Config
 from ..errors import ClusterUnavailableError, ConfigurationError
 
-__all__ = ["active_client", "check_blocks", "connect", "is_alive", "nthreads"]
+__all__ = ["active_client", "check_blocks", "connect", "is_alive", "nthreads", "start_gather"]
 
 #: What a question to a scheduler that is gone, or going, ends with.
 GONE: Final = (OSError, TimeoutError, RuntimeError, ValueError)
@@ -68,6 +71,22 @@ def check_blocks(client: Any) -> None:
 def is_alive(client: Any) -> bool:
     """Return whether a client is connected, or trying to be."""
     return client.status in _ALIVE
+
+
+def start_gather(client: Any, futures: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
+    """Have the results of Dask futures fetched; those that cannot be had are left out.
+
+    Returns
+    -------
+    concurrent.futures.Future
+        With the results by the keys of ``futures``.
+    """
+    fetched = client.gather(dict(futures), errors="skip", asynchronous=True)
+    try:
+        return asyncio.run_coroutine_threadsafe(fetched, client.loop.asyncio_loop)
+    except BaseException:
+        fetched.close()
+        raise
 
 
 def nthreads(client: Any, timeout_s: float) -> int:

@@ -25,7 +25,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any, Final, NamedTuple
 
@@ -45,7 +46,7 @@ from ..errors import (
 )
 from ..remote import Missing, process_identity, run_remotely
 from ..worker import PackedOutcome
-from .client import is_alive, nthreads
+from .client import is_alive, nthreads, start_gather
 
 __all__ = ["Cancel", "Exchange", "Ticket"]
 
@@ -123,19 +124,32 @@ class Exchange:
         Dask futures of objects that are on the cluster already, by key.
     wait_s : float
         Seconds for which a cluster may be without a worker.
+    owns_client : bool
+        Whether the client ends with the exchange.
     """
 
     def __init__(
-        self, client: Any, outbox: queue.SimpleQueue[Any], remote_objects: dict[str, Any], wait_s: float
+        self,
+        client: Any,
+        outbox: queue.SimpleQueue[Any],
+        remote_objects: dict[str, Any],
+        wait_s: float,
+        *,
+        owns_client: bool = False,
     ) -> None:
         self._client = client
         self._outbox = outbox
         self._remote_objects = remote_objects
         self._wait_s = wait_s
+        self._owns_client = owns_client
         # What is done, and now and then None: look again, something has changed.
         self._done: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._in_flight: dict[str, Ticket] = {}
         self._is_over = False
+        # What has finished, and what of it is on its way here.
+        self._to_fetch: list[Ticket] = []
+        self._fetching: tuple[list[Ticket], Future[Mapping[str, Any]]] | None = None
+        self._n_stuck: Counter[str] = Counter()
         self._scattered: weakref.WeakKeyDictionary[Resident, Any] = weakref.WeakKeyDictionary()
         self._needs_data = threading.Event()
         self._origin = process_identity()
@@ -164,8 +178,14 @@ class Exchange:
                 break
             # A thread that waits must hold no ticket: with it would stay the batch, its files and its context.
             del first, waiting, tickets
+        with contextlib.suppress(Exception):  # the client may be closed, or never have asked
+            self._client.unsubscribe_topic(self._topic)
         self._is_over = True
         self._done.put(None)
+        if self._owns_client:
+            # Here and not in a finalizer, which may run in any thread, the client's own event loop too.
+            with contextlib.suppress(Exception):
+                self._client.close()
 
     def _send(self, tickets: list[Ticket]) -> None:
         try:
@@ -246,34 +266,67 @@ class Exchange:
     def _collect_all(self) -> None:
         while not self._is_over:
             try:
-                first = self._done.get(timeout=self._seconds_to_next_look())
-            except queue.Empty:
-                first = None
-            tickets = [ticket for ticket in (first, *_drain(self._done)) if ticket is not None]
-            if tickets:
-                self._collect([ticket for ticket in tickets if ticket.dask_future is not None])
-            self._look_after_rest()
-            del first, tickets
+                self._turn()
+            except Exception as error:
+                # Never silently: somebody waits for every batch.
+                _log.debug("The collector of a Dask connection failed", exc_info=True)
+                self._end_all(self._cut_off(error))
 
-    def _collect(self, tickets: list[Ticket]) -> None:
-        """Fetch the outcomes of finished tasks together, and end every ticket."""
-        futures = {ticket.key: ticket.dask_future for ticket in tickets if ticket.dask_future.status == "finished"}
+    def _turn(self) -> None:
+        wait_s = self._seconds_to_next_look()
+        try:
+            first = self._done.get(timeout=wait_s)
+        except queue.Empty:
+            first = None
+        if wait_s is None:
+            # Nothing was on the cluster, and nobody has looked at it.
+            self._had_workers = time.monotonic()
+        for ticket in (first, *_drain(self._done)):
+            if ticket is not None and ticket.dask_future is not None:
+                self._sort(ticket)
+        self._fetch()
+        self._look_after_rest()
+
+    def _sort(self, ticket: Ticket) -> None:
+        """Find out how a task has ended, and have its outcome fetched if there is one."""
+        status = ticket.dask_future.status
+        if status == "finished":
+            self._to_fetch.append(ticket)
+        elif status in ("cancelled", "lost"):
+            self._was_cancelled(ticket)
+        else:
+            self._end(ticket, None, _failure_of(ticket.dask_future))
+
+    def _fetch(self) -> None:
+        """Take what was fetched, and have all that has finished meanwhile fetched together.
+
+        Not a wait: the worker that has an outcome may die now, and with the last worker it would never end.
+        """
+        if self._fetching is not None:
+            tickets, fetched = self._fetching
+            if not fetched.done():
+                return
+            self._fetching = None
+            self._take(tickets, fetched)
+        if self._to_fetch:
+            tickets, self._to_fetch = self._to_fetch, []
+            fetched = start_gather(self._client, {ticket.key: ticket.dask_future for ticket in tickets})
+            self._fetching = tickets, fetched
+            fetched.add_done_callback(lambda _: self._done.put(None))
+
+    def _take(self, tickets: list[Ticket], fetched: Future[Mapping[str, Any]]) -> None:
         failure: BaseException = WorkerLostError("The result of a batch was lost: its Dask worker died with it.")
         try:
-            outcomes = self._client.gather(futures, errors="skip") if futures else {}
-        except Exception as error:
+            outcomes = fetched.result()
+        except (Exception, CancelledError) as error:
             outcomes, failure = {}, self._cut_off(error)
         for ticket in tickets:
             outcome = outcomes.get(ticket.key)
             if isinstance(outcome, Missing):
                 self._needs_data.set()
                 self._send_again(ticket, "its data was missing on the worker")
-            elif outcome is not None:
-                self._end(ticket, outcome)
-            elif ticket.dask_future.status in ("cancelled", "lost"):
-                self._was_cancelled(ticket)
             else:
-                self._end(ticket, None, _failure_of(ticket.dask_future) or failure)
+                self._end(ticket, outcome, None if outcome is not None else failure)
 
     def _end(self, ticket: Ticket, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
         self._in_flight.pop(ticket.key, None)
@@ -285,7 +338,8 @@ class Exchange:
             self._end(ticket, None, self._cut_off(None))
             return
         # With its data, which only a worker had that died; or by another scheduler, which came in the place of one
-        # that knew it.
+        # that knew it, and does not tell us of starts.
+        self._is_told_of_starts = False
         self._send_again(ticket, f"it was {ticket.dask_future.status} on the cluster")
 
     def _send_again(self, ticket: Ticket, why: str) -> None:
@@ -305,11 +359,13 @@ class Exchange:
         self._outbox.put(ticket)
 
     def _cut_off(self, cause: BaseException | None) -> BaseException:
+        why = f": {cause}" if cause else ""
         failure = ClusterLostError(
-            f"The connection to {self._client!r} was lost{f' ({cause})' if cause else ''}: its scheduler has ended, or "
-            "cannot be reached any more."
+            f"Batches could not be sent to {self._client!r}, or fetched from it{why}. Has its scheduler ended, or can "
+            "it not be reached any more?"
         )
-        failure.__cause__ = cause
+        # Without the frames that lead to the tickets, which hold this.
+        failure.__cause__ = None if cause is None else cause.with_traceback(None)
         return failure
 
     # ---- what is still on the cluster
@@ -352,10 +408,15 @@ class Exchange:
                         f"wait_for_workers={self._wait_s:g} seconds: did they run out of memory, or of time?"
                     )
         if error is not None:
-            tickets = list(self._in_flight.values())
-            self._outbox.put(Cancel([], [ticket.dask_future for ticket in tickets]))
-            for ticket in tickets:
-                self._end(ticket, None, error)
+            self._end_all(error)
+
+    def _end_all(self, error: BaseException) -> None:
+        if self._fetching is not None:
+            self._fetching[1].cancel()
+        tickets = list(self._in_flight.values())
+        self._outbox.put(Cancel([], [ticket.dask_future for ticket in tickets]))
+        for ticket in tickets:
+            self._end(ticket, None, error)
 
     def _end_overdue(self, ticket: Ticket, address: str) -> None:
         future = ticket.dask_future
@@ -364,7 +425,9 @@ class Exchange:
         )
         self._end(ticket, None, TaskTimeoutError(message))
         # In a thread of its own: a restart takes seconds.
-        Crew.shared().run(functools.partial(_replace_worker, self._client, future, address))
+        with contextlib.suppress(RuntimeError):  # no thread can be started; the batch has ended all the same
+            self._n_stuck[address] += 1
+            Crew.shared().run(functools.partial(_replace_worker, self._client, future, address, self._n_stuck[address]))
 
 
 def _note_done(done: queue.SimpleQueue[Ticket | None], ticket: Ticket, future: Any) -> None:
@@ -373,14 +436,22 @@ def _note_done(done: queue.SimpleQueue[Ticket | None], ticket: Ticket, future: A
         done.put(ticket)
 
 
-def _replace_worker(client: Any, future: Any, address: str) -> None:
-    """Cancel a task and restart the worker that runs it, which nothing else can end."""
+def _replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None:
+    """Cancel a task and restart the worker that runs it, which nothing else can end.
+
+    Without a nanny nobody restarts it: it is left alone until such tasks have all its threads. Then it is taken out of
+    the cluster, or what is queued there would wait for ever.
+    """
     try:
         # First, or the scheduler would run it anew elsewhere.
         client.cancel([future])
-        client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
-    except Exception as error:  # no nanny restarts it; or the cluster is gone meanwhile
-        _log.debug("The worker %s goes on with a task that ran too long: %s", address, error)
+        worker = client.scheduler_info()["workers"][address]
+        if worker.get("nanny"):
+            client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
+        elif n_stuck >= worker["nthreads"]:
+            client.retire_workers([address], close_workers=True)
+    except Exception as error:  # the cluster or the worker is gone meanwhile
+        _log.debug("The worker %s with a task that ran too long was not restarted: %s", address, error)
 
 
 def _failure_of(future: Any) -> BaseException | None:

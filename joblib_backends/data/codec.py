@@ -106,11 +106,6 @@ class Encoder:
         self._initializer = pickle_initializer(config)
         self._nested: tuple[Any, bytes] | None = None
 
-    @property
-    def has_references(self) -> bool:
-        """Whether something is sent as a reference to what only the cluster has."""
-        return bool(self._references)
-
     def scatter(self, values: Iterable[Any]) -> int:
         """Place every buffer of ``values``, whatever its size, until the scope ends; return the bytes moved.
 

@@ -207,15 +207,15 @@ class Store:
             resident.is_lost = True
             return False
 
-    def forget_lost(self, residents: Iterable[Resident]) -> int:
-        """Send nobody to residents whose files are gone any more; return how many of them there are.
+    def forget_lost(self, residents: Iterable[Resident]) -> list[Resident]:
+        """Send nobody to residents whose files are gone any more; return those.
 
         What refers to them stays as it is. Their content is placed anew when it is next sent.
         """
         lost = [resident for resident in residents if not resident.is_there()]
         for resident in lost:
             resident.is_lost = True
-        return len(lost)
+        return lost
 
     def covers(self, low: int, high: int) -> bool:
         """Return whether the memory from ``low`` to ``high`` lies inside memory that was placed."""

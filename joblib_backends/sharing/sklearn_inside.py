@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 import numbers
+import reprlib
 import sys
 import traceback
 import warnings
@@ -162,7 +163,9 @@ def description_of(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if not is_fit_and_score(callee):
         return None
     given = arguments_of(callee, args, kwargs)
-    parts = [] if given["parameters"] is None else [f"candidate {given['parameters']!r}"]
+    # reprlib: a __repr__ that raises must not take the place of what is to be said.
+    chosen = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in (given["parameters"] or {}).items())
+    parts = [f"candidate {chosen}"] if chosen else []
     if given.get("split_progress") is not None:
         place, n_folds = given["split_progress"]
         parts.append(f"fold {place + 1} of {n_folds}")

@@ -110,6 +110,11 @@ class Tier(ABC):
         return True
 
     @classmethod
+    def is_remote(cls, value: Any) -> bool:
+        """Return whether a scattered value is on the workers only, and cannot be had without them."""
+        return False
+
+    @classmethod
     def start_workers(cls, config: Config, n_jobs: int, packages: frozenset[str]) -> None:
         """Have workers started in the background for calls to come, with ``packages`` imported; returns at once."""
         del config, n_jobs, packages

@@ -67,6 +67,11 @@ class DaskTier(Tier):
         return active_client() is not None
 
     @classmethod
+    def is_remote(cls, value: Any) -> bool:
+        """Return whether a value is one of Dask's own collections or futures."""
+        return isinstance(value, distributed.Future) or bool(is_dask_collection(value))
+
+    @classmethod
     def share(cls, config: Config, cores: int) -> Share:
         """Return only what was asked for: the cores are the workers', and Dask has set their threads to one."""
         return Share(1, explicit_limits(config))
@@ -94,7 +99,7 @@ class DaskTier(Tier):
     def references(self, values: Sequence[Any]) -> dict[int, RemoteReference]:
         """Have Dask's own collections and futures gathered on the workers, and return their keys."""
         return {
-            id(value): RemoteReference(self._connection.hold_remote(value)) for value in values if _is_remote(value)
+            id(value): RemoteReference(self._connection.hold_remote(value)) for value in values if self.is_remote(value)
         }
 
     def submit(self, work: Work) -> Future[Any]:
@@ -145,9 +150,7 @@ class Connection:
             connection = cls._connections.get(key)
             if connection is None or not is_alive(connection.client):
                 owned = cls._connect(key, config) if client is None else None
-                connection = cls._connections[key] = cls(client or owned, config.wait_for_workers)
-                if owned is not None:
-                    weakref.finalize(connection, owned.close).atexit = False
+                connection = cls._connections[key] = cls(client or owned, config.wait_for_workers, owned is not None)
             return connection
 
     @classmethod
@@ -166,7 +169,7 @@ class Connection:
         is_missing = time.monotonic() - cls._missing_since.get(key, -_MISSING_FOR_S) < _MISSING_FOR_S
         return min(wait_s, _WAIT_AGAIN_S) if is_missing else wait_s
 
-    def __init__(self, client: Any, wait_s: float) -> None:
+    def __init__(self, client: Any, wait_s: float, owns_client: bool) -> None:
         check_blocks(client)
         self.client = client
         self.outbox: queue.SimpleQueue[Ticket | Cancel | None] = queue.SimpleQueue()
@@ -174,7 +177,7 @@ class Connection:
         self._n_threads = (0, -_CAPACITY_VALID_S)
         self._held: dict[int, tuple[Any, str]] = {}
         self._remote_objects: dict[str, Any] = {}
-        exchange = Exchange(client, self.outbox, self._remote_objects, wait_s)
+        exchange = Exchange(client, self.outbox, self._remote_objects, wait_s, owns_client=owns_client)
         exchange.start()
         # The threads hold the exchange and not the connection, so they end with it.
         weakref.finalize(self, self.outbox.put, None).atexit = False
@@ -187,18 +190,23 @@ class Connection:
         n_threads, asked = self._n_threads
         if n_threads and time.monotonic() - asked < _CAPACITY_VALID_S and self.client.status == "running":
             return n_threads
-        wait_s = self._patience(id(self), self._wait_s)
+        address = self._address()
+        wait_s = self._patience(address, self._wait_s)
         try:
             n_threads = nthreads(self.client, wait_s)
             if n_threads == 0:
                 self._wait_for_a_worker(wait_s)
                 n_threads = nthreads(self.client, wait_s)
         except ClusterUnavailableError:
-            self._missing_since[id(self)] = time.monotonic()
+            self._missing_since[address] = time.monotonic()
             raise
-        self._missing_since.pop(id(self), None)
+        self._missing_since.pop(address, None)
         self._n_threads = (n_threads, time.monotonic())
         return n_threads
+
+    def _address(self) -> str:
+        # A client that was closed has none.
+        return str(getattr(self.client.scheduler, "address", None) or self.client)
 
     def _wait_for_a_worker(self, wait_s: float) -> None:
         # A task, and not Client.wait_for_workers: an adaptive cluster starts workers when there is something to do.
@@ -218,10 +226,6 @@ class Connection:
             known = self._held[id(value)] = (value, str(future.key))
             self._remote_objects[known[1]] = future
         return known[1]
-
-
-def _is_remote(value: Any) -> bool:
-    return isinstance(value, distributed.Future) or bool(is_dask_collection(value))
 
 
 def _nothing() -> None:

@@ -139,7 +139,11 @@ class ThreadsTier(Tier):
         with self._lock:
             is_needed = not self._closed
         if self._end(future, functools.partial(future.set_exception, error)) and is_needed:
-            self._crew.run(self._work)
+            try:
+                self._crew.run(self._work)
+            except RuntimeError:  # the system has no thread left; the next batch tries again
+                with self._lock:
+                    self._n_threads -= 1
 
     def _end(self, future: Future[Outcome], end: Callable[[], object]) -> bool:
         """End a batch, and return whether it had not ended; a future says who comes first, the task or its time."""

@@ -46,6 +46,8 @@ class CallQueue:
         self.n_running = 0
         self.n_prefetched = 0
         self.is_over = False
+        #: Whether a batch waits for memory.
+        self.is_held_back = False
         self._mean_s: float | None = None
 
     @property
@@ -57,11 +59,13 @@ class CallQueue:
     def may_run(self) -> bool:
         """Whether a batch waits that the limit of the call, and memory, allow to run now.
 
-        One may always run: its end is when it is looked again.
+        One may always run.
         """
         if not self.waiting or self.n_running >= self.n_jobs:
+            self.is_held_back = False
             return False
-        return not self.n_running or not self.is_long or not MemoryWatch.shared().is_short
+        self.is_held_back = bool(self.n_running and self.is_long) and not MemoryWatch.shared().allows_another()
+        return not self.is_held_back
 
     @property
     def may_prefetch(self) -> bool:

@@ -42,9 +42,10 @@ def lost(batches: list[Batch], end: End, cause: BaseException | None = None, *, 
     """Return the ends of batches whose worker is gone: ``n_deaths`` died over them, or none could be had."""
     completions: Completions = []
     for batch in batches:
+        what = "A worker process died while it ran" if n_deaths else "No worker process could be had for"
         error = WorkerLostError(
-            f"A worker process died while it ran a batch of {batch.name}: {end.how}. It was killed, ran out of memory, "
-            "or crashed in compiled code. Use fewer jobs if memory is short; the next call has new workers.",
+            f"{what} a batch of {batch.name}: {end.how}. Was it killed, is memory or the number of processes limited, "
+            "or did compiled code crash? Use fewer jobs if memory is short; the next call has new workers.",
             exit_code=end.code,
             peak_nbytes=end.peak_nbytes,
             n_deaths=n_deaths,

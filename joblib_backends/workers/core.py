@@ -13,6 +13,7 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import ClassVar
 
+from ..memory import LOOK_AGAIN_S
 from . import frames
 from .calls import CallQueue
 from .collector import Collector
@@ -188,7 +189,7 @@ class PoolCore:
         with self._held() as done:
             now = time.perf_counter()
             batches = self._roster.end_overdue(now)
-            if batches:
+            if batches or self._roster.is_held_back:
                 done += overdue(batches)
                 self._dispatch()
                 starts = self._note_start(self._roster.n_wanted)
@@ -203,7 +204,8 @@ class PoolCore:
                 self._collector = None
                 self._starter.forgive()
             return -1.0
-        times = (self._roster.next_overdue(), None if since is None else since + self._idle_timeout_s)
+        look_again = now + LOOK_AGAIN_S if self._roster.is_held_back else None
+        times = (look_again, self._roster.next_overdue(), None if since is None else since + self._idle_timeout_s)
         return min((max(0.0, at - now) for at in times if at is not None), default=None)
 
     def failed(self, error: BaseException) -> None:

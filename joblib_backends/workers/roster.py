@@ -59,7 +59,12 @@ class Roster:
                     batch = self._next_for(member.running.queue)
                     if batch is not None:
                         is_news |= member.give(batch, preparation, now)
-        return is_news
+        return is_news or self.is_held_back
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether a batch waits for memory, and not for a worker."""
+        return any(queue.is_held_back for queue in self.calls)
 
     def _next_batch(self) -> Batch | None:
         for _ in range(len(self.calls)):
