@@ -104,6 +104,11 @@ class TaskTimeoutError(HybridError, TimeoutError):
 class DataLostError(HybridError, FileNotFoundError):
     """A file that a batch refers to is gone. Users see it only if it is gone again each time it is placed."""
 
+    @classmethod
+    def like(cls, error: DataLostError) -> DataLostError:
+        """Return the same loss as an error of this class; an OSError keeps its file name beside its arguments."""
+        return cls(*error.args) if error.errno is None else cls(error.errno, error.strerror, error.filename)
+
 
 class BatchDataLostError(DataLostError):
     """The same, where a worker loads a batch: what a task itself raises is its own. Never reaches the user."""

@@ -105,7 +105,7 @@ def failure_of(batch: Batch, fault: BaseException, config: Config) -> BaseExcept
             "less to do."
         )
     elif isinstance(fault, DataLostError):
-        failure = DataLostError(*fault.args)
+        failure = DataLostError.like(fault)
     else:
         return fault
     failure.__cause__ = fault

@@ -204,7 +204,7 @@ def _load(part: str, stream: bytes, refs: Any) -> Any:
     try:
         return load(stream, refs)
     except DataLostError as error:
-        raise BatchDataLostError(*error.args) from error
+        raise BatchDataLostError.like(error) from error
     except Exception as error:
         raise TaskLoadError(
             f"A worker could not load the {part} of a batch: {type(error).__name__}: {error}. {_load_hint(error)}"

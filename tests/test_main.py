@@ -2,12 +2,16 @@
 
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 
+import joblib
 import pytest
 
 from joblib_backends import ConfigurationError, __main__
+from joblib_backends.__main__ import main
 
 LONG = 60
 
@@ -210,3 +214,45 @@ def test_a_wrong_command_line_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         __main__.main(arguments)
     assert "usage: python -m joblib_backends" in capsys.readouterr().err
+
+
+# ---- checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Return the path of a checkpoint with eight tasks of ``abs``."""
+    path = tmp_path / "search.ckpt"
+    with joblib.parallel_backend("hybrid", tier="threads", n_jobs=2, checkpoint=path):
+        joblib.Parallel()(joblib.delayed(abs)(-i) for i in range(8))
+    return path
+
+
+def test_checkpoint_show_says_what_is_in_a_file(checkpoint, capsys):
+    assert main(["checkpoint", "show", str(checkpoint)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"entries +8, ", shown)
+    assert re.search(r"abs +8 entries, ", shown)
+    assert re.search(rf"made with +python {platform.python_version_tuple()[0]}\..*: 8 entries", shown)
+
+
+def test_checkpoint_show_gives_json(checkpoint, capsys):
+    assert main(["checkpoint", "show", "--json", str(checkpoint)]) == 0
+    assert json.loads(capsys.readouterr().out)["functions"]["abs"]["entries"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "n_deleted"),
+    [([], 0), (["--all"], 8), (["--function", "abs"], 8), (["--function", "len"], 0), (["--older-than", "1"], 0)],
+)
+def test_checkpoint_prune_deletes_what_is_asked_for(checkpoint, capsys, options, n_deleted):
+    assert main(["checkpoint", "prune", str(checkpoint), *options]) == 0
+    assert capsys.readouterr().out == f"{n_deleted} entries deleted from {checkpoint}\n"
+    assert main(["checkpoint", "show", "--json", str(checkpoint)]) == 0
+    assert json.loads(capsys.readouterr().out)["entries"] == 8 - n_deleted
+
+
+@pytest.mark.parametrize("verb", ["show", "prune"])
+def test_a_checkpoint_that_cannot_be_used_is_refused(tmp_path, capsys, verb):
+    assert main(["checkpoint", verb, str(tmp_path / "none")]) == 2
+    assert "there is no such file" in capsys.readouterr().err

@@ -12,7 +12,15 @@ import distributed
 from ..config import Config
 from ..errors import ClusterUnavailableError, ConfigurationError
 
-__all__ = ["active_client", "check_blocks", "connect", "is_alive", "nthreads", "start_gather"]
+__all__ = [
+    "active_client",
+    "address_and_certificates",
+    "check_blocks",
+    "connect",
+    "is_alive",
+    "nthreads",
+    "start_gather",
+]
 
 #: What a question to a scheduler that is gone, or going, ends with.
 GONE: Final = (OSError, TimeoutError, RuntimeError, ValueError)
@@ -57,6 +65,14 @@ def connect(config: Config, timeout_s: float) -> Any:
             f"scheduler is {address!r}, but must be an address such as 'tcp://host:8786', or 'tls://host:8786' with "
             f"certificates in security=: {error}."
         ) from error
+
+
+def address_and_certificates(config: Config) -> tuple[str, ...]:
+    """Return what a connection to the named scheduler depends on: who has other certificates, or none, gets another."""
+    given = config.security
+    security = distributed.Security() if given is None else given  # type: ignore[no-untyped-call]
+    certificates = security.get_tls_config_for_role("client")
+    return str(config.scheduler), str(security.require_encryption), *sorted(map(str, certificates.items()))
 
 
 def check_blocks(client: Any) -> None:

@@ -19,7 +19,7 @@ import distributed
 from dask.base import is_dask_collection
 
 from ..budget import Share, explicit_limits
-from ..cluster.client import GONE, active_client, check_blocks, connect, is_alive, nthreads
+from ..cluster.client import GONE, active_client, address_and_certificates, check_blocks, connect, is_alive, nthreads
 from ..cluster.exchange import Cancel, Exchange, Ticket
 from ..config import Config
 from ..data.codec import RemoteReference
@@ -140,12 +140,12 @@ class Connection:
     def get(cls, config: Config) -> Connection:
         """Return the connection for the client or address that ``config`` means."""
         client = config.client if config.client is not None else None if config.scheduler else active_client()
-        key: object = config.scheduler if client is None else id(client)
-        if key is None:
+        if client is None and config.scheduler is None:
             raise ConfigurationError(
                 "tier='dask' has no cluster: give scheduler='tcp://host:8786' or client=Client(...), or make a "
                 "distributed.Client before the call."
             )
+        key: object = address_and_certificates(config) if client is None else id(client)
         with cls._lock:
             connection = cls._connections.get(key)
             if connection is None or not is_alive(connection.client):
