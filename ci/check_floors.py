@@ -68,7 +68,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint/identity.py",),
     ("checkpoint/call.py",),
     ("batches.py",),
-    ("recovery.py", "completer.py"),
+    ("recovery.py", "completer.py", "opening.py", "allotment.py"),
     ("rescue.py",),
     ("randomness.py",),
     ("relief.py",),

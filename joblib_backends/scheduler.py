@@ -43,16 +43,16 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from .allotment import Allotment
 from .batches import Batch, BatchFuture, BatchQueue, Callback
-from .budget import Share, available_cores, cores_for_batch, cores_per_task
 from .completer import LOOK_INTERVAL_S, Completer, GetOutcome
 from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
 from .errors import BatchDataLostError, BatchTimeoutError
-from .memory import LOOK_AGAIN_S, MemoryWatch
+from .opening import Opening
 from .pilot import Pilot
 from .randomness import task_randomness
 from .recovery import is_fault
@@ -65,17 +65,6 @@ from .tiers import Tier, Work
 from .worker import Outcome, task_names
 
 __all__ = ["Call"]
-
-#: Seconds for which the first batches are held back at most, while the user's generator yields.
-_HOLD_S: Final = 0.002
-
-#: Seconds of a call before it looks at memory, which takes 30 µs: short calls need not.
-_NO_LOOK_AT_MEMORY_S: Final = 0.1
-
-#: Seconds, and tasks, that are spent at most on taking the tasks of a search from its generator before any starts.
-_GATHER_S: Final = 0.25
-_GATHER_TASKS: Final = 20_000
-_GATHER_UNKNOWN: Final = 64
 
 if TYPE_CHECKING:
     # SQLite takes 3 ms to import, which only calls with a checkpoint pay.
@@ -134,9 +123,6 @@ class Call:
     ) -> None:
         self._config = config
         self._n_jobs = n_jobs
-        # Of the task that makes this call, if it is a nested one: other threads do not know it.
-        self._cores = available_cores(config)
-        self._shares: dict[tuple[str, int], Share] = {}
         self._pilot = pilot
         self._more_to_come = more_to_come
         self._is_lazy = is_lazy
@@ -144,8 +130,6 @@ class Call:
         self._dispatch_next = dispatch_next
         self._checkpoint = checkpoint
         self._n_submitted_tasks = 0
-        # Whether a look at memory is due, because a batch was held back.
-        self._looks_again = False
         self._tally = Tally(n_jobs)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
@@ -153,16 +137,14 @@ class Call:
         self._feeding = threading.Lock()
         self._joblib_polls = return_as == "generator_unordered"
         self._queue = BatchQueue(n_jobs, as_completed=self._joblib_polls)
+        self._allotment = Allotment(config, n_jobs, self._queue, self.start_what_waits)
         self._unfinished: set[BatchFuture] = set()
         self._n_pending_tasks = 0
-        self._first_submit = 0.0
         self._is_met = False
         self._sharing: SharedFits | None = None
-        # Batches of a search, until all of it is known.
-        self._gathered: list[Batch] = []
         # The batch that the caller runs.
         self._in_caller: Batch | None = None
-        self._is_held = self._caller_completes
+        self._opening = Opening(n_jobs, is_held=self._caller_completes)
         self._caller_came = False
         self._caller = threading.get_ident()
         self._failure: BaseException | None = None
@@ -223,8 +205,9 @@ class Call:
     def _submit_piece(self, batch: Batch) -> None:
         try:
             self._meet(batch)
-            if self._sharing is not None and self._is_held:
-                self._hold(batch)
+            if self._sharing is not None and self._opening.is_held:
+                if self._opening.gather(batch, self._n_pending_tasks):
+                    self._release(takes_more=False)
                 return
             self._share(batch)
             self.place(batch)
@@ -258,8 +241,9 @@ class Call:
 
     def _wait_for_turn(self, batch: Batch) -> None:
         self._queue.put(batch)
-        if self._is_held:
-            self._release_if_due()
+        if self._opening.is_held:
+            if self._opening.is_due(len(self._queue)):
+                self._release()
         else:
             self._feed()
             self._tell_caller()
@@ -289,26 +273,11 @@ class Call:
             payload = self._router.encode(tier, batch.runs, batch.nested)
         self._queue.place(batch, tier, plan, payload)
 
-    def _release_if_due(self) -> None:
-        """Let the batches start if there is one for each job, or the user's generator is slow to yield the next."""
-        now = time.perf_counter()
-        self._first_submit = self._first_submit or now
-        if len(self._queue) >= self._n_jobs or now - self._first_submit > _HOLD_S:
-            self._release()
-
-    def _hold(self, batch: Batch) -> None:
-        """Let a batch of a search wait until more of it is known, but not for long."""
-        self._gathered.append(batch)
-        self._first_submit = self._first_submit or time.perf_counter()
-        if self._n_pending_tasks >= _GATHER_TASKS or time.perf_counter() - self._first_submit > _GATHER_S:
-            self._release(takes_more=False)
-
     def _release(self, *, takes_more: bool = True) -> None:
         if self._sharing is not None and takes_more:
-            self._gather()
-        gathered, self._gathered = self._gathered, []
-        self._is_held = False
-        for batch in self._sorted(gathered):
+            is_known = bool(self._pilot.expected_task_s)
+            self._opening.take_rest(lambda: self._n_pending_tasks, self._take_more, is_known=is_known)
+        for batch in self._sorted(self._opening.release()):
             try:
                 self._share(batch)
                 self.place(batch)
@@ -319,14 +288,6 @@ class Call:
             if len(self._queue) >= self._n_jobs:
                 self._feed()
         self._feed()
-
-    def _gather(self) -> None:
-        """Take the tasks of a search from its generator, so that it is known which of them share what."""
-        # Of tasks that nothing is known of, joblib makes batches of one: too slow for thousands of short ones.
-        limit = _GATHER_TASKS if self._pilot.expected_task_s else _GATHER_UNKNOWN * self._n_jobs
-        end = time.perf_counter() + _GATHER_S
-        while time.perf_counter() < end and self._n_pending_tasks < limit and self._take_more():
-            pass
 
     def _sorted(self, gathered: list[Batch]) -> list[Batch]:
         """Return batches with those side by side that share most."""
@@ -353,7 +314,7 @@ class Call:
             # joblib registered a batch whose submit never returned; the call ends with what made it fail.
             raise self._failure or CancelledError()
         self._caller_came = True
-        if self._is_held:
+        if self._opening.is_held:
             self._release()
         self._rescue.end_if_nothing_else_is_left()
         end = None if timeout is None else time.monotonic() + timeout
@@ -486,26 +447,9 @@ class Call:
     def _may_start(self, *, in_caller: bool) -> bool:
         # What is handed over cannot be taken back: nothing is, before there is anything to go by.
         looks_ahead = not self._pilot.has_seen_nothing
-        if self._is_held or not self._queue.has_next(in_caller=in_caller, looks_ahead=looks_ahead):
+        if self._opening.is_held or not self._queue.has_next(in_caller=in_caller, looks_ahead=looks_ahead):
             return False
-        return self._memory_allows_another()
-
-    def _memory_allows_another(self) -> bool:
-        """Return whether there is memory for a batch more beside those that run here; if not, it is asked again."""
-        if not self._queue.is_running or time.perf_counter() - self._first_submit < _NO_LOOK_AT_MEMORY_S:
-            return True
-        if self._queue.runs_on("dask") or MemoryWatch.shared().allows_another():
-            return True
-        if not self._looks_again:
-            self._looks_again = True
-            timer = threading.Timer(LOOK_AGAIN_S, self._look_again)
-            timer.daemon = True
-            timer.start()
-        return False
-
-    def _look_again(self) -> None:
-        self._looks_again = False
-        self.start_what_waits()
+        return self._allotment.has_memory()
 
     def _start_next(self, *, in_caller: bool) -> Batch | None:
         if not self._may_start(in_caller=in_caller):
@@ -528,22 +472,9 @@ class Call:
         name = task_names(batch.function)
         if batch.plan is not None:
             self._tally.add_start(batch.plan.tier, name, batch.plan.reason)
-        return Work(batch.runs, name, self._share_of(tier, self._cores_for(batch)), batch.payload)
-
-    def _share_of(self, tier: Tier, cores: int) -> Share:
-        # Kept: to look into the environment for each batch takes 8 µs.
-        share = self._shares.get((tier.name, cores))
-        if share is None:
-            share = self._shares[tier.name, cores] = tier.share(self._config, cores)
-        return share
-
-    def _cores_for(self, batch: Batch) -> int:
         more = self._more_to_come(self._caller_came)
-        if more or len(self._queue) >= self._n_jobs:
-            # Every job will have something to run.
-            return cores_per_task(self._cores, self._n_jobs)
-        left = self._queue.parts_left(batch, self._pilot.task_s)
-        return cores_for_batch(self._cores, self._n_jobs, left, len(self._queue), more_to_come=more)
+        share = self._allotment.share_for(batch, tier, self._pilot.task_s, more_to_come=more)
+        return Work(batch.runs, name, share, batch.payload)
 
     def _tier_is_done(self, batch: Batch, tier: Tier, tier_future: Future[Any]) -> None:
         """Feed the tier and leave the rest to the completer. Called in whichever thread ended the tier's future.
@@ -703,11 +634,11 @@ class Call:
     @property
     def n_local_jobs(self) -> int:
         """Batches that may run at once on this machine."""
-        return min(self._n_jobs, self._cores)
+        return self._allotment.n_local_jobs
 
     def limit_jobs(self, n_jobs: int) -> None:
         """Run fewer batches at once from now on."""
-        self._n_jobs = n_jobs
+        self._n_jobs = self._allotment.n_jobs = n_jobs
         self._queue.limit(n_jobs)
 
     def share_part(self, piece: Batch) -> None:

@@ -113,7 +113,7 @@ class Peak:
 def test_fewer_tasks_run_at_once_while_memory_is_short(monkeypatch, nbytes, most):
     """Those that started before the first look, at most a job's and its look-ahead, are left alone."""
     monkeypatch.setattr(memory, "available_nbytes", lambda: nbytes)
-    monkeypatch.setattr("joblib_backends.scheduler._NO_LOOK_AT_MEMORY_S", 0.0)
+    monkeypatch.setattr("joblib_backends.allotment._NO_LOOK_AT_MEMORY_S", 0.0)
     peak = Peak()
     with parallel_backend("hybrid", tier="threads", n_jobs=4):
         assert Parallel(batch_size=1)(delayed(peak)(i) for i in range(30)) == list(range(30))
