@@ -105,8 +105,8 @@ def start_gather(client: Any, futures: Mapping[str, Any]) -> Future[Mapping[str,
         raise
 
 
-def nthreads(client: Any, timeout_s: float) -> int:
-    """Return the threads of all workers of a cluster.
+def nthreads(client: Any, timeout_s: float) -> dict[str, int]:
+    """Return the threads of each worker of a cluster, by address.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def nthreads(client: Any, timeout_s: float) -> int:
         If the scheduler does not answer within ``timeout_s`` seconds.
     """
     try:
-        return sum(client.sync(client.scheduler.ncores, workers=None, callback_timeout=timeout_s).values())
+        return dict(client.sync(client.scheduler.ncores, workers=None, callback_timeout=timeout_s))
     except (*GONE, AttributeError) as error:  # AttributeError: a client that was closed has no scheduler
         raise ClusterUnavailableError(
             f"The Dask scheduler of {client!r} did not answer within {timeout_s:g} seconds: is it still running?"

@@ -58,6 +58,9 @@ _LOOK_EVERY_S: Final = 0.5
 #: Times that a batch is sent again because its data was lost on the way, or somebody cancelled it.
 _MOST_RESENT: Final = 3
 
+#: Seconds that outcomes may be on their way here before it matters whether their worker still exists.
+_SLOW_FETCH_S: Final = 1.0
+
 #: Seconds that the restart of a worker may take whose task ran too long.
 _RESTART_S: Final = 30.0
 
@@ -111,6 +114,16 @@ class Cancel(NamedTuple):
     futures: Sequence[Any] = ()
 
 
+class _Fetch(NamedTuple):
+    """Outcomes on their way here."""
+
+    tickets: list[Ticket]
+    outcomes: Future[Mapping[str, Any]]
+    since: float
+    #: The workers that there were.
+    workers: frozenset[str]
+
+
 class Exchange:
     """The sender and the collector thread of a connection.
 
@@ -148,7 +161,8 @@ class Exchange:
         self._is_over = False
         # What has finished, and what of it is on its way here.
         self._to_fetch: list[Ticket] = []
-        self._fetching: tuple[list[Ticket], Future[Mapping[str, Any]]] | None = None
+        self._fetching: _Fetch | None = None
+        self._workers: frozenset[str] = frozenset()
         self._n_stuck: Counter[str] = Counter()
         self._scattered: weakref.WeakKeyDictionary[Resident, Any] = weakref.WeakKeyDictionary()
         self._needs_data = threading.Event()
@@ -303,24 +317,23 @@ class Exchange:
         Not a wait: the worker that has an outcome may die now, and with the last worker it would never end.
         """
         if self._fetching is not None:
-            tickets, fetched = self._fetching
-            if not fetched.done():
+            if not self._fetching.outcomes.done():
                 return
-            self._fetching = None
-            self._take(tickets, fetched)
+            fetched, self._fetching = self._fetching, None
+            self._take(fetched)
         if self._to_fetch:
             tickets, self._to_fetch = self._to_fetch, []
-            fetched = start_gather(self._client, {ticket.key: ticket.dask_future for ticket in tickets})
-            self._fetching = tickets, fetched
-            fetched.add_done_callback(lambda _: self._done.put(None))
+            outcomes = start_gather(self._client, {ticket.key: ticket.dask_future for ticket in tickets})
+            self._fetching = _Fetch(tickets, outcomes, time.monotonic(), self._workers)
+            outcomes.add_done_callback(lambda _: self._done.put(None))
 
-    def _take(self, tickets: list[Ticket], fetched: Future[Mapping[str, Any]]) -> None:
+    def _take(self, fetched: _Fetch) -> None:
         failure: BaseException = WorkerLostError("The result of a batch was lost: its Dask worker died with it.")
         try:
-            outcomes = fetched.result()
+            outcomes = fetched.outcomes.result()
         except (Exception, CancelledError) as error:
             outcomes, failure = {}, self._cut_off(error)
-        for ticket in tickets:
+        for ticket in fetched.tickets:
             outcome = outcomes.get(ticket.key)
             if isinstance(outcome, Missing):
                 self._needs_data.set()
@@ -396,12 +409,13 @@ class Exchange:
             error = self._cut_off(None)
         else:
             try:
-                has_workers = nthreads(self._client, self._wait_s) > 0
+                self._workers = frozenset(nthreads(self._client, self._wait_s))
             except ClusterUnavailableError as problem:
                 error = self._cut_off(problem)
             else:
                 now = time.monotonic()
-                self._had_workers = now if has_workers else self._had_workers
+                self._had_workers = now if self._workers else self._had_workers
+                self._give_up_slow_fetch(now)
                 if now - self._had_workers > self._wait_s:
                     error = ClusterLostError(
                         f"The Dask cluster of {self._client!r} has had no worker for "
@@ -410,9 +424,19 @@ class Exchange:
         if error is not None:
             self._end_all(error)
 
+    def _give_up_slow_fetch(self, now: float) -> None:
+        """Send batches again whose outcomes may be on a worker that is gone: Dask tries 30 s to reach it."""
+        fetch = self._fetching
+        if fetch is None or now - fetch.since < _SLOW_FETCH_S or fetch.workers <= self._workers:
+            return
+        self._fetching = None
+        fetch.outcomes.cancel()
+        for ticket in fetch.tickets:
+            self._send_again(ticket, "its worker left before its outcome was fetched")
+
     def _end_all(self, error: BaseException) -> None:
         if self._fetching is not None:
-            self._fetching[1].cancel()
+            self._fetching.outcomes.cancel()
         tickets = list(self._in_flight.values())
         self._outbox.put(Cancel([], [ticket.dask_future for ticket in tickets]))
         for ticket in tickets:

@@ -193,10 +193,10 @@ class Connection:
         address = self._address()
         wait_s = self._patience(address, self._wait_s)
         try:
-            n_threads = nthreads(self.client, wait_s)
+            n_threads = sum(nthreads(self.client, wait_s).values())
             if n_threads == 0:
                 self._wait_for_a_worker(wait_s)
-                n_threads = nthreads(self.client, wait_s)
+                n_threads = sum(nthreads(self.client, wait_s).values())
         except ClusterUnavailableError:
             self._missing_since[address] = time.monotonic()
             raise

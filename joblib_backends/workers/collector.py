@@ -51,8 +51,13 @@ class Collector:
 
     def __init__(self, pool: Told) -> None:
         self._pool = pool
-        self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
+        try:
+            self._selector = selectors.DefaultSelector()
+        except BaseException:
+            self._woken.close()
+            self._waker.close()
+            raise
         self._woken.setblocking(False)
         self._waker.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, (self._drain, None))

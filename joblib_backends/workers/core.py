@@ -90,14 +90,15 @@ class PoolCore:
         n = n_workers - self.n_workers
         if n <= 0:
             return []
-        tokens = self._starter.note(n, is_cold=not self.n_workers)
+        # First: without descriptors or threads there is none, and what was noted would be waited for.
         self._running_collector()
-        return tokens
+        return self._starter.note(n, is_cold=not self.n_workers)
 
     def _running_collector(self) -> Collector:
         if self._collector is None:
-            self._collector = Collector(self)
-            self._collector.start()
+            collector = Collector(self)
+            collector.start()
+            self._collector = collector
         return self._collector
 
     # ---- called in threads that start workers
@@ -176,7 +177,7 @@ class PoolCore:
             running = self._roster.remove(member)
             if running is not None:
                 done += lost([running], end, n_deaths=1)
-            if not member.is_ready and not member.is_doomed and self._starter.is_stillborn(member):
+            if not member.is_ready and not member.is_doomed and self._starter.is_stillborn(member, end):
                 why = f"new worker processes ended before they could take a batch: {end.how}"
                 done += lost(self._roster.drop_waiting(), end._replace(how=why))
             self._dispatch()

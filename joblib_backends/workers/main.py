@@ -5,6 +5,7 @@ The main thread runs it, and with it every task: libraries and users expect sign
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -23,6 +24,9 @@ __all__ = ["run_worker"]
 #: Seconds that a worker has for its exit functions: a thread that a task left running must not keep it for ever.
 _END_TIMEOUT_S: Final = 5.0
 
+#: Added to the thousandths of memory by which Linux chooses what to kill.
+_OOM_SCORE: Final = 500
+
 
 def run_worker(sock: socket.socket, n_threads: int = 0) -> None:
     """Serve batches on a socket until its other end closes. The body of a worker process.
@@ -36,6 +40,7 @@ def run_worker(sock: socket.socket, n_threads: int = 0) -> None:
     """
     # Ctrl-C reaches the whole group of a terminal. The parent decides, and kills the workers of the call.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _offer_to_oom_killer()
     sock.setblocking(True)
     try:
         _serve(sock, n_threads)
@@ -46,6 +51,14 @@ def run_worker(sock: socket.socket, n_threads: int = 0) -> None:
         limit = threading.Timer(_END_TIMEOUT_S, os._exit, (0,))
         limit.daemon = True
         limit.start()
+
+
+def _offer_to_oom_killer() -> None:
+    """Have the kernel rather kill this process than the parent, when memory is out: a batch can run again."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
+        score = max(int(file.read()), _OOM_SCORE)
+        file.seek(0)
+        file.write(str(score))
 
 
 def _serve(sock: socket.socket, n_threads: int) -> None:

@@ -125,13 +125,18 @@ class WorkerPool(PoolCore):
 
     def run(self, batch: Batch) -> None:
         """Queue a batch, and send it if a worker is free."""
-        with self._held():
+        starts: list[object] = []
+        with self._held() as done:
             if batch.queue.is_over:
                 batch.future.cancel()
                 return
             batch.queue.waiting.append(batch)
             self._dispatch()
-            starts = self._note_start(self._roster.n_wanted)
+            try:
+                starts = self._note_start(self._roster.n_wanted)
+            except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
+                if not self.n_workers:
+                    done += lost(self._roster.drop_waiting(), End(f"no worker process can be started: {error}"), error)
         self._start(starts)
 
     def end_call(self, queue: CallQueue) -> None:

@@ -213,7 +213,11 @@ class SpawnedWorker(WorkerProcess):
     def _start(self, theirs: socket.socket) -> None:
         make: Any = get_context("loky").Process
         self._process = make(target=run_worker, args=(theirs,), name="joblib_backends-worker")
-        self._process.start()
+        try:
+            self._process.start()
+        except UnboundLocalError as error:
+            # loky 3.5 to 3.7 stumbles over its own cleaning up when it cannot open a pipe, and hides why.
+            raise error.__context__ or error from None
         self.pid, self.sentinel = self._process.pid, self._process.sentinel
 
     def exit_code(self) -> int | None:

@@ -5,16 +5,20 @@ Under the pool's lock, but for :meth:`Starter.start_one`, which runs in a thread
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Final
 
 from .member import Member
-from .process import start_worker
+from .process import End, start_worker
 
 __all__ = ["Starter"]
 
 #: Workers that may end before they are ready, in each way to start them, before that way is given up.
 _TRIES: Final = 2
+
+#: How much of such a try it is if somebody killed the worker: that says little of the way, unless it happens each time.
+_WEIGHT_OF_KILLED: Final = 0.1
 
 
 class Starter:
@@ -30,7 +34,7 @@ class Starter:
         self.starting: set[object] = set()
         #: Counts the ends of the pool: a worker that comes from before one is not wanted any more.
         self.generation = 0
-        self._n_stillborn = {"forked": 0, "spawned": 0}
+        self._n_stillborn = {"forked": 0.0, "spawned": 0.0}
         self._cold_since: float | None = None
 
     def take_over(self, preparation: bytes) -> None:
@@ -59,9 +63,10 @@ class Starter:
         since, self._cold_since = self._cold_since, None
         return None if since is None else time.perf_counter() - since
 
-    def is_stillborn(self, member: Member) -> bool:
+    def is_stillborn(self, member: Member, end: End) -> bool:
         """Note that a worker ended before it was ready; return whether there is no other way to try."""
-        self._n_stillborn[member.process.way] += 1
+        was_killed = end.code == -signal.SIGKILL
+        self._n_stillborn[member.process.way] += _WEIGHT_OF_KILLED if was_killed else 1.0
         is_hopeless = self._n_stillborn["spawned"] >= _TRIES
         if is_hopeless:
             self.forgive()
@@ -69,4 +74,4 @@ class Starter:
 
     def forgive(self) -> None:
         """Try every way again: what was wrong may be over at the next cold start."""
-        self._n_stillborn = dict.fromkeys(self._n_stillborn, 0)
+        self._n_stillborn = dict.fromkeys(self._n_stillborn, 0.0)
