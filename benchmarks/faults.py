@@ -508,13 +508,17 @@ def drive(fault: str, backend: str, folder: str, address: str, turn: str) -> Non
         with open(where / f"events-{turn}", "a") as events:
             events.write(json.dumps({"event": name, "at": time.monotonic(), **facts}) + "\n")
 
+    # One name for all starts: it is an argument of the tasks, and another would make them other tasks.
+    log = where / "log"
+    log.unlink(missing_ok=True)
+    log.symlink_to(f"log-{turn}")
     _connect(backend, address)
     event("call")
     try:
         options = {name: str(value).format(folder=folder) if isinstance(value, str) else value
                    for name, value in chosen.hybrid_options.items()}  # fmt: skip
         with _backend(backend, address, options):
-            result, is_complete = _call(chosen, backend, str(where / f"log-{turn}"), is_first=turn == "1")
+            result, is_complete = _call(chosen, backend, str(log), is_first=turn == "1")
         event("back", result=result, is_complete=is_complete, message="")
     except BaseException as error:
         event("back", result=type(error).__name__, is_complete=False, message=_first_line(error))

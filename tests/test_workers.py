@@ -161,6 +161,8 @@ def test_packages_are_found_in_functions_arguments_and_what_they_hold():
     assert "sklearn" in preload.packages_of([(identity, (pipeline,), {})])
     assert "psutil" in preload.packages_of([(uses_psutil, (1,), {})])
     assert "psutil" in preload.packages_of([(functools.partial(uses_psutil, 1), (), {})])
+    own = type("Own", (LogisticRegression,), {"__module__": "__main__"})
+    assert "sklearn" in preload.packages_of([(identity, (own(),), {})])
 
 
 class Hostile:

@@ -133,9 +133,10 @@ def _parts_of(value: Any, found: set[str]) -> Iterator[Any]:
     elif isinstance(value, types.FunctionType):
         yield from _parts_of_function(value, found)
     elif isinstance(value, type):
-        found.add(_root(value))
+        found |= {_root(base) for base in value.__mro__}
     else:
-        found.add(_root(type(value)))
+        # An estimator of the user needs what its class is derived from.
+        found |= {_root(base) for base in type(value).__mro__}
         found.add(_root(value))
         if isinstance(value, functools.partial):
             yield from (value.func, value.args, value.keywords)
