@@ -20,7 +20,6 @@ PACKAGE = Path(__file__).resolve().parent.parent / "joblib_backends"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors.py",),
     ("config.py",),
-    ("events.py",),
     ("crew.py", "memory.py"),
     ("budget.py",),
     ("thread_safety.py",),

@@ -14,6 +14,7 @@ from joblib import register_parallel_backend as _register
 from .backend import HybridBackend
 from .errors import (
     BatchTimeoutError,
+    ClusterLostError,
     ClusterUnavailableError,
     ConfigurationError,
     HybridError,
@@ -31,6 +32,7 @@ from .tiers import register_tier
 __all__ = [
     "BatchTimeoutError",
     "CallReport",
+    "ClusterLostError",
     "ClusterUnavailableError",
     "ConfigurationError",
     "HybridBackend",

@@ -95,7 +95,8 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         Whether a call goes on on this machine, with a :class:`RecoveryWarning`, when its Dask cluster cannot be
         reached, ends, or has no worker any more. False makes that an error.
     retries : int, default=2
-        How often a batch is run again whose worker died: alone the last time. After that it is given up.
+        How often a task is run again whose worker died; the last time, if it was by itself before, while nothing else
+        of the call runs. After that it is given up. Tasks of one batch are first run by themselves, even with 0.
     task_timeout : float, optional
         Seconds that one task may run. Then its worker is replaced and the task given up; its thread is left to itself
         with ``tier="threads"``. By default a task may run for ever.

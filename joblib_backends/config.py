@@ -61,7 +61,7 @@ class Config:
     #: Seconds after which an idle process worker ends; joblib's loky backend uses the same.
     idle_worker_timeout: float = 300.0
 
-    #: How often a batch is run again whose worker died; Dask's own ``allowed-failures`` is of that order.
+    #: How often a task is run again whose worker died; Dask's own ``allowed-failures`` is of that order.
     retries: int = 2
 
     #: Seconds that one task may run before its worker is replaced; None lets it run.

@@ -115,7 +115,10 @@ class BatchDataLostError(DataLostError):
 
 
 class ClusterLostError(HybridError, ConnectionError):
-    """A Dask cluster went away, or lost all its workers, with batches on it; with ``fallback=False`` the call ends."""
+    """A Dask cluster went away, or lost all its workers, with batches on it.
+
+    The call ends with it if ``fallback=False``, or if scattered data is on the cluster only.
+    """
 
 
 class WorkerLostError(HybridError, BrokenExecutor):

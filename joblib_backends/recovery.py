@@ -68,7 +68,8 @@ def next_step(batch: Batch, fault: BaseException, config: Config) -> Step:
         return "fail"
     # A Dask scheduler has let several workers die over it, but it may have been in bad company: it gets a last try.
     batch.n_lost = batch.n_lost + 1 if batch.n_lost >= config.retries else min(batch.n_lost + n_deaths, config.retries)
-    return "run again" if batch.n_lost <= config.retries else "give up"
+    # Which of several tasks it was is found by running each by itself, however few tries there are.
+    return "run again" if batch.size > 1 or batch.n_lost <= config.retries else "give up"
 
 
 def pieces_of(batch: Batch, config: Config) -> list[Batch]:

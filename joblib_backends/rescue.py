@@ -162,12 +162,14 @@ class Rescue:
 
     def _leave_cluster(self, fault: BaseException) -> bool:
         """Send everything to the local tiers from now on; return whether that is possible."""
-        if self._has_left_cluster:
-            return True
         n_jobs = self._call.n_local_jobs
         if not self._router.leave_cluster(n_jobs):
             return False
-        self._has_left_cluster = True
+        with self._lock:
+            # A helper may come here beside the caller.
+            has_left, self._has_left_cluster = self._has_left_cluster, True
+        if has_left:
+            return True
         self._call.limit_jobs(n_jobs)
         self._pilot.leave_cluster()
         self._call.place_waiting(only_here=False)

@@ -387,7 +387,9 @@ class Call:
 
     def _run_one_here(self) -> bool:
         """Run the first batch that waits, if the plan leaves it to the caller; return whether there was one."""
-        batch = self._start_next(in_caller=True)
+        if not self._may_start(in_caller=True) or not self._allotment.has_memory():
+            return False
+        batch = self._take_next(in_caller=True)
         if batch is None:
             return False
         self._in_caller = batch
@@ -437,23 +439,29 @@ class Call:
         One thread feeds at a time. Another that comes meanwhile leaves, because the first looks again after it has
         let go of the lock; and a batch that is done at once comes back here inside ``_start``, and does not recurse.
         """
-        while self._may_start(in_caller=False) and self._feeding.acquire(blocking=False):
+        has_memory = True
+        while has_memory and self._may_start(in_caller=False) and self._feeding.acquire(blocking=False):
             try:
-                while (batch := self._start_next(in_caller=False)) is not None:
-                    self._start(batch)
+                has_memory = self._start_all()
             finally:
                 self._feeding.release()
+
+    def _start_all(self) -> bool:
+        """Start what may start on tiers; return whether memory allows it all. If not, it is looked at again later."""
+        while self._may_start(in_caller=False):
+            if not self._allotment.has_memory():
+                return False
+            batch = self._take_next(in_caller=False)
+            if batch is not None:
+                self._start(batch)
+        return True
 
     def _may_start(self, *, in_caller: bool) -> bool:
         # What is handed over cannot be taken back: nothing is, before there is anything to go by.
         looks_ahead = not self._pilot.has_seen_nothing
-        if self._opening.is_held or not self._queue.has_next(in_caller=in_caller, looks_ahead=looks_ahead):
-            return False
-        return self._allotment.has_memory()
+        return not self._opening.is_held and self._queue.has_next(in_caller=in_caller, looks_ahead=looks_ahead)
 
-    def _start_next(self, *, in_caller: bool) -> Batch | None:
-        if not self._may_start(in_caller=in_caller):
-            return None
+    def _take_next(self, *, in_caller: bool) -> Batch | None:
         return self._queue.start_next(in_caller=in_caller, looks_ahead=not self._pilot.has_seen_nothing)
 
     def _start(self, batch: Batch) -> None:
@@ -552,9 +560,11 @@ class Call:
             fault = error if is_fault(error) else None
         try:
             self._settle(batch, outcome, fault)
-        except Exception as error:
+        except BaseException as error:
             # A warning that the user has made an error, say: whoever waits for the batch is told.
             self.fail(error, batch.future)
+            if not isinstance(error, Exception) and self.is_in_caller:
+                raise
 
     def _settle(self, batch: Batch, outcome: Outcome, fault: BaseException | None) -> None:
         if fault is not None and batch.future in self._unfinished:

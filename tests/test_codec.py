@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from joblib_backends.config import Config
 from joblib_backends.data.codec import Encoder, RemoteReference, load, missing_files, moved_files, resolving
 from joblib_backends.data.scope import ResidentScope
 from joblib_backends.data.store import Store
-from joblib_backends.errors import TaskPicklingError
+from joblib_backends.errors import DataLostError, TaskPicklingError
 
 
 @pytest.fixture
@@ -380,3 +381,36 @@ def test_random_structures_arrive_equal(value, max_nbytes, make_encoder):
     encoder = make_encoder(max_nbytes=max_nbytes)
     assert_same(send(encoder, value)[1], value)
     assert_same(send(encoder, value)[1], value)
+
+
+# ---- damage
+
+
+@pytest.fixture
+def pickled(make_encoder):
+    """Return the pickle of one task with a small array in it, and where the buffer of a large one is."""
+    payload = encode(make_encoder(), (give, np.arange(50.0), np.arange(1_000.0)))
+    [(stream, refs)] = payload.wire[1]
+    yield stream, refs
+    del payload
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(st.data())
+def test_damaged_bytes_are_an_error_and_never_another_value(pickled, data):
+    stream, refs = pickled
+    damaged = bytearray(stream)
+    for place in data.draw(st.lists(st.integers(0, len(stream) - 1), min_size=1, max_size=5, unique=True)):
+        damaged[place] ^= data.draw(st.integers(1, 255))
+    length = data.draw(st.one_of(st.just(len(stream)), st.integers(0, len(stream))))
+    with pytest.raises(ValueError, match="damaged on their way"):
+        load(bytes(damaged[:length]), refs)
+
+
+def test_a_file_that_was_cut_short_is_an_error_and_never_another_array(pickled):
+    stream, refs = pickled
+    assert refs
+    for nbytes in (7_999, 4_096, 1, 0):
+        os.truncate(refs[0].path, nbytes)
+        with pytest.raises(DataLostError, match="shorter than its content"):
+            load(stream, refs)

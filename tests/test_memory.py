@@ -92,6 +92,21 @@ def test_after_some_seconds_of_short_memory_one_more_may_start(monkeypatch):
     assert watch.allows_another()
 
 
+def meet(barrier, i):
+    barrier.wait(60)
+    return i
+
+
+def test_tasks_that_wait_for_each_other_meet_although_memory_is_short(monkeypatch):
+    monkeypatch.setattr(memory, "available_nbytes", lambda: 1)
+    monkeypatch.setattr(memory, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr("joblib_backends.allotment.LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr("joblib_backends.allotment._NO_LOOK_AT_MEMORY_S", 0.0)
+    barrier = threading.Barrier(2)
+    with parallel_backend("hybrid", tier="threads", n_jobs=2):
+        assert Parallel(batch_size=1, pre_dispatch=2)(delayed(meet)(barrier, i) for i in range(4)) == [0, 1, 2, 3]
+
+
 class Peak:
     """Counts how many are inside at once."""
 

@@ -63,6 +63,12 @@ def test_the_last_try_is_alone():
     assert alone == [False, True]
 
 
+def test_of_several_tasks_each_runs_by_itself_even_without_retries():
+    batch, config = batch_of(-1, -2), Config(retries=0)
+    assert next_step(batch, lost(), config) == "run again"
+    assert [next_step(piece, lost(), config) for piece in pieces_of(batch, config)] == ["give up", "give up"]
+
+
 def test_a_batch_of_several_tasks_runs_task_by_task_and_not_one_at_a_time():
     batch, config = batch_of(-1, -2, -3), Config(retries=1)
     assert next_step(batch, lost(), config) == "run again"
@@ -185,10 +191,10 @@ def test_siblings_of_a_task_that_was_given_up_run_before_the_call_ends(tmp_path)
         return stuck_at(i, 1)
 
     with (
-        parallel_backend("hybrid", tier="threads", n_jobs=2, task_timeout=0.2),
+        parallel_backend("hybrid", tier="threads", n_jobs=2, task_timeout=1),
         pytest.raises(
             TaskTimeoutError,
-            match=r"task 1 \(1\), ran longer than task_timeout=0.2 seconds, and its thread was left to itself",
+            match=r"task 1 \(1\), ran longer than task_timeout=1 seconds, and its thread was left to itself",
         ),
     ):
         Parallel(batch_size=6)(delayed(task)(i) for i in range(6))
@@ -224,10 +230,10 @@ def fails_at(i, at):
 
 def test_a_timeout_of_the_call_does_not_hide_what_was_given_up():
     with (
-        parallel_backend("hybrid", tier="threads", n_jobs=2, task_timeout=0.1),
+        parallel_backend("hybrid", tier="threads", n_jobs=2, task_timeout=1),
         pytest.raises(TaskTimeoutError, match="task 0"),
     ):
-        Parallel(timeout=0.5)(delayed(time.sleep)(seconds) for seconds in (1, *60 * [0.05]))
+        Parallel(timeout=1.5)(delayed(time.sleep)(seconds) for seconds in (4, *60 * [0.05]))
 
 
 @pytest.mark.filterwarnings("error")

@@ -57,8 +57,8 @@ class ContextCheckpoint:
         self.journal = Journal(os.path.abspath(path), TaskIdentities().versions())
         self.turns: Counter[bytes] = Counter()
         self.lock = threading.Lock()
-        #: Whether it could not be written; then it is only read, and nobody is told again.
-        self.is_broken = False
+        #: Whether it could not be written, or read; then it is not tried again, and nobody is told again.
+        self.is_broken = self.is_unreadable = False
         weakref.finalize(self, self.journal.close).atexit = False
 
     def __repr__(self) -> str:
@@ -139,11 +139,12 @@ class CallCheckpoint:
     def recall(self, keys: Sequence[TaskKey]) -> dict[int, Any]:
         """Return the results that the journal has, by the places of their keys."""
         wanted = {key: place for place, key in enumerate(keys) if key is not None}
-        if not wanted:
+        if not wanted or self._shared.is_unreadable:
             return {}
         try:
             found = self._shared.journal.find(list(wanted))
         except CheckpointError as error:
+            self._shared.is_unreadable = True
             self._shared.fail(error)
             return {}
         self._shared.tell_of_damage()
@@ -171,6 +172,8 @@ class CallCheckpoint:
                 _log.debug("A result is not kept, because it cannot be pickled: %s", error)
                 continue
             entries.append(Entry(*key, describe(task[0]), packed, seconds / len(keys), self._identities.versions()))
+        if not entries:
+            return
         try:
             self._shared.journal.put(entries)
         except CheckpointError as error:

@@ -84,16 +84,17 @@ class _Files:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        # Reentrant: a finalizer closes a connection, and may run inside of an allocation under this lock.
+        self.lock = threading.RLock()
         self.handles: weakref.WeakSet[Handle] = weakref.WeakSet()
         self.inherited: set[Identity] = set()
 
     def has_open(self, identity: Identity) -> bool:
-        return any(handle.identity == identity for handle in self.handles)
+        return any(handle.identity == identity for handle in list(self.handles))
 
     def forget_in_child(self) -> None:
         # A lock that another thread of the parent held would stay locked here.
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         for handle in self.handles:
             self.inherited.add(handle.identity)
             _keep_open(handle.connection)

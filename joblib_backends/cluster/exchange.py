@@ -97,6 +97,10 @@ class Ticket(Future[PackedOutcome]):
         """The key of the task on the cluster; another one each time that it is sent."""
         return f"{self._key}-{self.n_resent}" if self.n_resent else self._key
 
+    def is_overdue(self, now: float) -> bool:
+        """Return whether it has been running for too long."""
+        return self.started is not None and self.timeout_s is not None and self.started[0] + self.timeout_s <= now
+
     def end(self, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
         """Complete the future, unless the call was aborted meanwhile."""
         self.dask_future = None
@@ -203,6 +207,8 @@ class Exchange:
 
     def _send(self, tickets: list[Ticket]) -> None:
         try:
+            if not self._workers:
+                self._workers = frozenset(nthreads(self._client, self._wait_s))
             # Before they run, or their starts would be missed.
             self._hear_of_starts(tickets)
             sent = {ticket: data for ticket in tickets if (data := self._data_for(ticket)) is not None}
@@ -395,12 +401,14 @@ class Exchange:
         if not self._in_flight:
             self._had_workers = now
             return
-        for ticket in list(self._in_flight.values()):
-            if ticket.started and ticket.timeout_s and ticket.started[0] + ticket.timeout_s <= now:
-                self._end_overdue(ticket, ticket.started[1])
-        if now - self._looked >= _LOOK_EVERY_S:
+        overdue = [ticket for ticket in list(self._in_flight.values()) if ticket.is_overdue(now)]
+        if overdue or now - self._looked >= _LOOK_EVERY_S:
             self._looked = now
             self._look_at_workers()
+        for ticket in overdue:
+            # A worker that is gone has let it go, and Dask runs it elsewhere.
+            if ticket.started is not None and not ticket.done():
+                self._end_overdue(ticket, ticket.started[1])
 
     def _look_at_workers(self) -> None:
         """Give up a cluster that is gone, or has had no worker for long: nothing else would tell."""
@@ -415,6 +423,9 @@ class Exchange:
             else:
                 now = time.monotonic()
                 self._had_workers = now if self._workers else self._had_workers
+                for ticket in list(self._in_flight.values()):
+                    if ticket.started is not None and ticket.started[1] not in self._workers:
+                        ticket.started = None
                 self._give_up_slow_fetch(now)
                 if now - self._had_workers > self._wait_s:
                     error = ClusterLostError(
@@ -469,7 +480,8 @@ def _replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> Non
     try:
         # First, or the scheduler would run it anew elsewhere.
         client.cancel([future])
-        worker = client.scheduler_info()["workers"][address]
+        # Not scheduler_info(), which answers with what the last of several questions was about.
+        worker = client.sync(client.scheduler.identity)["workers"][address]
         if worker.get("nanny"):
             client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
         elif n_stuck >= worker["nthreads"]:
@@ -496,7 +508,7 @@ def _failure_of(future: Any) -> BaseException | None:
         # Our function packs what tasks raise, so this came from Dask: mostly a worker without our package.
         failure = TaskLoadError(
             f"A Dask worker could not run the batch {future.key}: {type(error).__name__}: {error}. "
-            "Is joblib_backends installed there, in the same version?"
+            "If it is an import that fails: is joblib_backends installed there, in the same version?"
         )
     failure.__cause__ = error
     return failure

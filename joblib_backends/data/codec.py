@@ -29,6 +29,7 @@ from typing import Any, Final
 
 import cloudpickle
 import numpy as np
+import xxhash
 
 from ..budget import Share
 from ..config import Config
@@ -55,6 +56,9 @@ __all__ = [
 Pickle = tuple[bytes, list[BufferRef]]
 Wire = tuple[list[Pickle], list[Pickle], bytes, Share, bytes]
 
+
+#: Before each pickle: its xxh3_64.
+_DIGEST_NBYTES: Final = 8
 
 #: Bytes from which a buffer of a scattered object is placed; smaller ones travel as fast in the pickle.
 _SCATTERED_FROM: Final = 1_024
@@ -291,8 +295,19 @@ def _moved(pickles: list[Pickle], moved: Mapping[str, BufferRef]) -> list[Pickle
 
 
 def load(stream: bytes, refs: Iterable[BufferRef]) -> Any:
-    """Return what one pickle holds; its buffers are mapped for it alone."""
-    return pickle.loads(stream, buffers=[map_buffer(BufferRef(*ref)) for ref in refs])
+    """Return what one pickle holds; its buffers are mapped for it alone.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are not those that were sent: a damaged pickle may well load, as something else.
+    DataLostError
+        If a buffer is not there.
+    """
+    pickled = memoryview(stream)[_DIGEST_NBYTES:]
+    if xxhash.xxh3_64_digest(pickled) != bytes(stream[:_DIGEST_NBYTES]):
+        raise ValueError(f"{len(stream)} bytes were damaged on their way")
+    return pickle.loads(pickled, buffers=[map_buffer(BufferRef(*ref)) for ref in refs])
 
 
 def describe(function: Any) -> str:
@@ -321,7 +336,8 @@ class _Pickling:
         # A new pickler each time, 2 µs: tasks must not share its memo, and kept here it would be a cycle that
         # holds the context, with its workers, until the garbage collector comes by.
         Pickler(stream, self._take_buffer, self._encoder.is_resident).dump(value)
-        return stream.getvalue(), self._refs
+        pickled = stream.getvalue()
+        return xxhash.xxh3_64_digest(pickled) + pickled, self._refs
 
     def dump_tasks(self, tasks: Sequence[Task]) -> list[Pickle]:
         """Return one pickle for all tasks if they are small and nothing in them can change, else one for each."""

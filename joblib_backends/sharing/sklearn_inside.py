@@ -196,11 +196,16 @@ def failed_result(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 
 def is_seeded(estimator: Any, parameters: Mapping[str, Any] | None) -> bool:
-    """Return whether every random state in an estimator, with its parameters set, is given."""
+    """Return whether every random state in an estimator, with its parameters set, is given.
+
+    An estimator of others than scikit-learn that has none may draw from the global generators.
+    """
     given = {**estimator.get_params(deep=True), **(parameters or {})}
-    nested = [value.get_params(deep=True) for value in (parameters or {}).values() if hasattr(value, "get_params")]
+    parts = [estimator, *(value for value in given.values() if hasattr(value, "get_params"))]
+    nested = [part.get_params(deep=True) for part in parts[1:]]
     states = (value for one in (given, *nested) for name, value in one.items() if name.endswith("random_state"))
-    return all(state is not None for state in states)
+    is_known = all(root_package(type(part)) == "sklearn" or hasattr(part, "random_state") for part in parts)
+    return is_known and all(state is not None for state in states)
 
 
 class _Failing:

@@ -57,13 +57,11 @@ class CallQueue:
 
     @property
     def may_run(self) -> bool:
-        """Whether a batch waits that the limit of the call, and memory, allow to run now.
+        """Whether a batch waits that the limit of the call allows to run now."""
+        return bool(self.waiting) and self.n_running < self.n_jobs
 
-        One may always run.
-        """
-        if not self.waiting or self.n_running >= self.n_jobs:
-            self.is_held_back = False
-            return False
+    def asks_memory(self) -> bool:
+        """Return whether there is memory for the next batch, which must start then."""
         self.is_held_back = bool(self.n_running and self.is_long) and not MemoryWatch.shared().allows_another()
         return not self.is_held_back
 

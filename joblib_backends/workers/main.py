@@ -11,6 +11,7 @@ import pickle
 import signal
 import socket
 import threading
+import time
 import traceback
 from typing import Final
 
@@ -19,10 +20,13 @@ import cloudpickle
 from . import frames
 from .preparation import prepare
 
-__all__ = ["run_worker"]
+__all__ = ["run_spawned_worker", "run_worker"]
 
 #: Seconds that a worker has for its exit functions: a thread that a task left running must not keep it for ever.
 _END_TIMEOUT_S: Final = 5.0
+
+#: Seconds between two looks for the parent.
+_PARENT_LOOK_S: Final = 2.0
 
 #: Added to the thousandths of memory by which Linux chooses what to kill.
 _OOM_SCORE: Final = 500
@@ -51,6 +55,19 @@ def run_worker(sock: socket.socket, n_threads: int = 0) -> None:
         limit = threading.Timer(_END_TIMEOUT_S, os._exit, (0,))
         limit.daemon = True
         limit.start()
+
+
+def run_spawned_worker(sock: socket.socket) -> None:
+    """Serve batches in a process that no server kills when the parent dies: it looks for itself, in a long task too."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="joblib_backends-watch", daemon=True).start()
+    run_worker(sock)
 
 
 def _offer_to_oom_killer() -> None:

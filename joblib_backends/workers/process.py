@@ -18,7 +18,7 @@ from loky.backend.context import get_context
 
 from . import frames
 from .forking import ENDED
-from .main import run_worker
+from .main import run_spawned_worker
 from .server import ForkServer, ServerError
 
 __all__ = ["End", "ForkedWorker", "SpawnedWorker", "WorkerProcess", "start_worker"]
@@ -212,7 +212,7 @@ class SpawnedWorker(WorkerProcess):
 
     def _start(self, theirs: socket.socket) -> None:
         make: Any = get_context("loky").Process
-        self._process = make(target=run_worker, args=(theirs,), name="joblib_backends-worker")
+        self._process = make(target=run_spawned_worker, args=(theirs,), name="joblib_backends-worker")
         try:
             self._process.start()
         except UnboundLocalError as error:

@@ -64,13 +64,13 @@ class Roster:
     @property
     def is_held_back(self) -> bool:
         """Whether a batch waits for memory, and not for a worker."""
-        return any(queue.is_held_back for queue in self.calls)
+        return any(queue.is_held_back and queue.may_run for queue in self.calls)
 
     def _next_batch(self) -> Batch | None:
         for _ in range(len(self.calls)):
             queue = self.calls[0]
             self.calls.rotate(-1)
-            batch = queue.take() if queue.may_run else None
+            batch = queue.take() if queue.may_run and queue.asks_memory() else None
             if batch is not None:
                 return batch
         return None

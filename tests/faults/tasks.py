@@ -85,7 +85,7 @@ def remove_files(residents):
 
 
 def truncate_files(residents):
-    """Cut the files short, and touch what is gone as a task that reads its data would: the kernel sends SIGBUS."""
+    """Cut the files short, as a task that reads its data would: the kernel sends SIGBUS."""
     for path in residents:
         with contextlib.suppress(FileNotFoundError):
             os.truncate(path, 100)

@@ -56,7 +56,7 @@ from joblib_backends.errors import (
 pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 
 #: Every test here takes seconds.
-pytestmark = pytest.mark.timeout(40)
+pytestmark = pytest.mark.timeout(180)
 
 KINDS = ["list", "generator", "unordered", "search"]
 RETURN_AS = {"list": "list", "generator": "generator", "unordered": "generator_unordered"}
@@ -177,7 +177,7 @@ def test_workers_killed_at_random_moments_change_no_result(make_cluster, tmp_pat
         assert results_of(kind, tmp_path) == results_of(kind)
         assert last_report().tier == "dask"
     # The tasks that ran there, and those whose results had not been fetched yet.
-    assert len(started(tmp_path)) <= N_TASKS + 2 * 11
+    assert len(started(tmp_path)) <= N_TASKS + 2 * 30
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -460,8 +460,8 @@ def test_tasks_over_their_time_hold_nothing_up_where_no_nanny_replaces_a_worker(
     cluster = make_cluster(n_workers)
     begun = time.monotonic()
     with (
-        hybrid(cluster, n_jobs=n_workers, fallback=False, task_timeout=0.5),
-        pytest.raises(TaskTimeoutError, match=r"endless_before, task \d \(\d, .*longer than task_timeout=0.5 seconds"),
+        hybrid(cluster, n_jobs=n_workers, fallback=False, task_timeout=2),
+        pytest.raises(TaskTimeoutError, match=r"endless_before, task \d \(\d, .*longer than task_timeout=2 seconds"),
     ):
         Parallel()(delayed(endless_before)(i, n_endless, str(tmp_path)) for i in range(40))
     assert time.monotonic() - begun < PROMPT
@@ -470,7 +470,7 @@ def test_tasks_over_their_time_hold_nothing_up_where_no_nanny_replaces_a_worker(
 
 def test_a_search_scores_a_candidate_over_its_time(make_cluster):
     cluster = make_cluster(5)
-    with hybrid(cluster, n_jobs=5, fallback=False, task_timeout=0.5), recoveries() as found:
+    with hybrid(cluster, n_jobs=5, fallback=False, task_timeout=2), recoveries() as found:
         got = scores(Step(stays=3), candidates=[0, 1, 2, 3, 4], error_score=-1.0)
     expected = scores(Step(), candidates=[0, 1, 2, 3, 4], n_jobs=1)
     for fold in range(3):

@@ -1,5 +1,6 @@
 """Faults of this machine: its workers, its files, its memory, its signals. Results stay exact, and nothing is left."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -146,7 +147,9 @@ def test_a_call_that_loses_a_worker_or_its_data_gives_the_right_results(fault, k
 def test_a_worker_that_is_killed_at_any_moment_costs_nothing_but_time(seed, kind, tmp_path):
     task = Task(tmp_path, seconds=0.02)
     with open_tier("processes"), Killer(seed, 1, 0.05, lambda: notes(tmp_path / "started")) as killer:
-        assert kind(task, N) == task.expected(N)
+        # A machine that is busy may not let the killer run in time for the first call.
+        while not killer.n_killed:
+            assert kind(task, N) == task.expected(N)
     assert killer.n_killed == 1
 
 
@@ -219,8 +222,8 @@ def test_many_poison_tasks_do_not_keep_the_others_from_being_dispatched(kind, tm
 @pytest.mark.parametrize("kind", ["list", "generator", "unordered"])
 def test_a_task_that_runs_too_long_is_named_and_all_others_are_done(tier, kind, tmp_path):
     task = Task(tmp_path, wait_for_go, [str(tmp_path / "go")], always={3})
-    names = r"Task, task 3 \(3, None\), ran longer than task_timeout=0.4 seconds"
-    with open_tier(tier, task_timeout=0.4), pytest.raises(TaskTimeoutError, match=names):
+    names = r"Task, task 3 \(3, None\), ran longer than task_timeout=2 seconds"
+    with open_tier(tier, task_timeout=2), pytest.raises(TaskTimeoutError, match=names):
         KINDS[kind](task, N)
     (tmp_path / "go").touch()
     assert {*map(int, notes(tmp_path / "done"))} >= set(range(N)) - {3}
@@ -230,7 +233,7 @@ def test_a_task_that_runs_too_long_is_named_and_all_others_are_done(tier, kind, 
 @pytest.mark.parametrize("tier", ["processes", "threads"])
 def test_a_fit_that_runs_too_long_gets_its_error_score(tier, tmp_path):
     task = Task(tmp_path, wait_for_go, [str(tmp_path / "go")], always={3})
-    with open_tier(tier, task_timeout=0.4), pytest.warns() as caught:
+    with open_tier(tier, task_timeout=2), pytest.warns() as caught:
         found = search_of(task, N, error_score=-1.0).fit(two_halves(10)).cv_results_
     assert {one.category for one in caught} == {RecoveryWarning, FitFailedWarning}
     (tmp_path / "go").touch()
@@ -253,7 +256,7 @@ def test_joblibs_own_timeout_ends_the_call_whatever_a_task_may_take(tier, tmp_pa
 def test_two_hundred_kills_change_nothing_but_the_time(tmp_path):
     n = 400
     task = Task(tmp_path, seconds=0.04)
-    with open_tier("processes", retries=50), Killer(0, 200, 0.08, lambda: notes(tmp_path / "started")) as killer:
+    with open_tier("processes", retries=50), Killer(0, 200, 0.06, lambda: notes(tmp_path / "started")) as killer:
         found = search_of(task, n, error_score="raise").fit(two_halves(10)).cv_results_
     scores = np.stack([found["split0_test_score"], found["split1_test_score"]], axis=1).ravel()
     assert scores.tolist() == task.expected(n)
@@ -389,7 +392,14 @@ def told(process):
 
 
 def are_gone(pids):
-    return eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 10)
+    return eventually(lambda: not any(map(_runs, pids)), 10)
+
+
+def _runs(pid):
+    with contextlib.suppress(psutil.Error):
+        # Where nobody reaps them, those that have ended stay as zombies.
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.mark.parametrize("form", ["list", "generator"])
@@ -526,7 +536,7 @@ def test_a_process_without_descriptors_says_so_and_works_when_there_are_some():
         for spare in range(-1, 11):
             child = os.fork()
             if not child:
-                signal.alarm(10)
+                signal.alarm(50)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + spare, hard))
                 try:
                     ok = call()
