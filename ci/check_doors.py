@@ -154,7 +154,11 @@ RULES = (
             *(f"multiprocessing.{name}" for name in ("process", "util", "spawn", "resource_tracker", "forkserver"))
         ),
     ),
-    Door("Dask", ("cluster/client.py", "cluster/exchange.py", "tiers/dask.py"), imports_of("dask", "distributed")),
+    Door(
+        "Dask",
+        ("cluster/client.py", "cluster/losses.py", "cluster/exchange.py", "tiers/dask.py"),
+        imports_of("dask", "distributed"),
+    ),
     # What a worker takes over from its parent is the environment itself, not what it says about us.
     Door("the environment", ("config.py", "workers/preparation.py"), environment_access),
     Door("printing", ("report.py", "__main__.py"), printing),

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data/__init__.py",),
     ("worker.py",),
     ("remote.py",),
-    ("cluster/__init__.py", "cluster/client.py"),
+    ("cluster/__init__.py", "cluster/client.py", "cluster/ticket.py", "cluster/losses.py"),
     ("cluster/exchange.py",),
     ("workers/__init__.py", "workers/frames.py", "workers/preparation.py", "workers/preload.py"),
     ("workers/main.py",),

@@ -20,13 +20,12 @@ import contextlib
 import functools
 import logging
 import queue
-import re
 import threading
 import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from typing import Any, Final, NamedTuple
 
@@ -34,21 +33,22 @@ import distributed
 import numpy as np
 
 from ..crew import Crew
-from ..data.codec import Payload, Wire
+from ..data.codec import Wire
 from ..data.store import Resident, map_buffer
 from ..errors import (
     ClusterLostError,
     ClusterUnavailableError,
     DataLostError,
-    TaskLoadError,
     TaskTimeoutError,
     WorkerLostError,
 )
 from ..remote import Missing, process_identity, run_remotely
 from ..worker import PackedOutcome
 from .client import is_alive, nthreads, start_gather
+from .losses import failure_of, replace_worker
+from .ticket import Cancel, Ticket
 
-__all__ = ["Cancel", "Exchange", "Ticket"]
+__all__ = ["Exchange"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,62 +60,6 @@ _MOST_RESENT: Final = 3
 
 #: Seconds that outcomes may be on their way here before it matters whether their worker still exists.
 _SLOW_FETCH_S: Final = 1.0
-
-#: Seconds that the restart of a worker may take whose task ran too long.
-_RESTART_S: Final = 30.0
-
-
-class Ticket(Future[PackedOutcome]):
-    """A batch on its way: done when its outcome is here.
-
-    Parameters
-    ----------
-    name : str
-        What it runs, for the key.
-    wire : tuple
-        What travels.
-    payload : Payload
-        What keeps alive what it refers to.
-    timeout_s : float, optional
-        Seconds that it may run on a worker.
-    """
-
-    def __init__(self, name: str, wire: Wire, payload: Payload, timeout_s: float | None = None) -> None:
-        super().__init__()
-        self.name = name
-        self.wire = wire
-        self.payload = payload
-        self.timeout_s = timeout_s
-        self.n_resent = 0
-        self.dask_future: Any = None
-        #: When a worker was seen to start it, and which.
-        self.started: tuple[float, str] | None = None
-        self._key = f"{re.sub(r'[^A-Za-z0-9_.<>]', '_', name)}-{uuid.uuid4().hex}"
-
-    @property
-    def key(self) -> str:
-        """The key of the task on the cluster; another one each time that it is sent."""
-        return f"{self._key}-{self.n_resent}" if self.n_resent else self._key
-
-    def is_overdue(self, now: float) -> bool:
-        """Return whether it has been running for too long."""
-        return self.started is not None and self.timeout_s is not None and self.started[0] + self.timeout_s <= now
-
-    def end(self, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
-        """Complete the future, unless the call was aborted meanwhile."""
-        self.dask_future = None
-        with contextlib.suppress(Exception):  # InvalidStateError: cancelled
-            if error is not None:
-                self.set_exception(error)
-            elif outcome is not None:
-                self.set_result(outcome)
-
-
-class Cancel(NamedTuple):
-    """Asks the sender to cancel Dask tasks: those of an aborted call, and others by their futures."""
-
-    tickets: list[Ticket]
-    futures: Sequence[Any] = ()
 
 
 class _Fetch(NamedTuple):
@@ -315,7 +259,7 @@ class Exchange:
         elif status in ("cancelled", "lost"):
             self._was_cancelled(ticket)
         else:
-            self._end(ticket, None, _failure_of(ticket.dask_future))
+            self._end(ticket, None, failure_of(ticket.dask_future))
 
     def _fetch(self) -> None:
         """Take what was fetched, and have all that has finished meanwhile fetched together.
@@ -462,56 +406,13 @@ class Exchange:
         # In a thread of its own: a restart takes seconds.
         with contextlib.suppress(RuntimeError):  # no thread can be started; the batch has ended all the same
             self._n_stuck[address] += 1
-            Crew.shared().run(functools.partial(_replace_worker, self._client, future, address, self._n_stuck[address]))
+            Crew.shared().run(functools.partial(replace_worker, self._client, future, address, self._n_stuck[address]))
 
 
 def _note_done(done: queue.SimpleQueue[Ticket | None], ticket: Ticket, future: Any) -> None:
     # A ticket may have been sent again, or ended: what an earlier task of it became is nobody's concern.
     if ticket.dask_future is future:
         done.put(ticket)
-
-
-def _replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None:
-    """Cancel a task and restart the worker that runs it, which nothing else can end.
-
-    Without a nanny nobody restarts it: it is left alone until such tasks have all its threads. Then it is taken out of
-    the cluster, or what is queued there would wait for ever.
-    """
-    try:
-        # First, or the scheduler would run it anew elsewhere.
-        client.cancel([future])
-        # Not scheduler_info(), which answers with what the last of several questions was about.
-        worker = client.sync(client.scheduler.identity)["workers"][address]
-        if worker.get("nanny"):
-            client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
-        elif n_stuck >= worker["nthreads"]:
-            client.retire_workers([address], close_workers=True)
-    except Exception as error:  # the cluster or the worker is gone meanwhile
-        _log.debug("The worker %s with a task that ran too long was not restarted: %s", address, error)
-
-
-def _failure_of(future: Any) -> BaseException | None:
-    """Return our error for a Dask task that failed, or None if it did not."""
-    if future.status != "error":
-        return None
-    error = future.exception()
-    failure: BaseException = error
-    if isinstance(error, distributed.KilledWorker):
-        n_deaths = int(getattr(error, "allowed_failures", 0)) + 1
-        failure = WorkerLostError(
-            f"Dask workers died while they had the batch {future.key}: the last of {n_deaths} was "
-            f"{getattr(error.last_worker, 'address', error.last_worker)}. Did they run out of memory?",
-            n_deaths=n_deaths,
-            how=f"Dask lost {n_deaths} workers over it",
-        )
-    elif not isinstance(error, CancelledError):
-        # Our function packs what tasks raise, so this came from Dask: mostly a worker without our package.
-        failure = TaskLoadError(
-            f"A Dask worker could not run the batch {future.key}: {type(error).__name__}: {error}. "
-            "If it is an import that fails: is joblib_backends installed there, in the same version?"
-        )
-    failure.__cause__ = error
-    return failure
 
 
 def _drain(waiting: queue.SimpleQueue[Any]) -> list[Any]:

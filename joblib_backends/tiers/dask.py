@@ -20,7 +20,8 @@ from dask.base import is_dask_collection
 
 from ..budget import Share, explicit_limits
 from ..cluster.client import GONE, active_client, address_and_certificates, check_blocks, connect, is_alive, nthreads
-from ..cluster.exchange import Cancel, Exchange, Ticket
+from ..cluster.exchange import Exchange
+from ..cluster.ticket import Cancel, Ticket
 from ..config import Config
 from ..data.codec import RemoteReference
 from ..errors import ClusterUnavailableError, ConfigurationError

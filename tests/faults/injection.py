@@ -157,4 +157,4 @@ def unmount(place):
 
 def own_server_pids():
     """Return the servers that forked our workers."""
-    return {member.process.server.pid for member in members()}
+    return {member.process.server.pid for member in members() if member.process.way == "forked"}

@@ -382,11 +382,20 @@ WAITING = (
 )
 
 
-def told(process):
+FRESH = (
+    """
+    from joblib_backends.workers.server import ForkServer
+    ForkServer.enabled = False
+"""
+    + WAITING
+)
+
+
+def told(process, n_processes=3):
     """Return the processes and the files that a driver has while its tasks wait."""
     words = process.stdout.readline().split()
     pids, paths = [int(word) for word in words if word.isdigit()], [word for word in words if not word.isdigit()]
-    assert len(pids) >= 3, process.stderr.read()
+    assert len(pids) >= n_processes, process.stderr.read()
     assert paths
     return pids, paths
 
@@ -432,6 +441,14 @@ def test_a_driver_that_is_killed_takes_its_workers_with_it_and_the_next_start_sw
         driver.kill()
         assert are_gone(pids)
         assert_swept(paths)
+
+
+def test_workers_that_no_server_kills_end_with_a_driver_that_is_killed(tmp_path):
+    """Fresh interpreters, in the middle of a task that has no end."""
+    with script(FRESH, tmp_path, "list") as driver:
+        pids, _ = told(driver, 2)
+        driver.kill()
+        assert are_gone(pids)
 
 
 def assert_swept(paths):

@@ -1,0 +1,61 @@
+"""What Dask says of tasks that failed, in our words; and the end of a worker whose task runs too long."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import CancelledError
+from typing import Any, Final
+
+import distributed
+
+from ..errors import TaskLoadError, WorkerLostError
+
+__all__ = ["failure_of", "replace_worker"]
+
+_log = logging.getLogger(__name__)
+
+#: Seconds that the restart of a worker may take whose task ran too long.
+_RESTART_S: Final = 30.0
+
+
+def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None:
+    """Cancel a task and restart the worker that runs it, which nothing else can end.
+
+    Without a nanny nobody restarts it: it is left alone until such tasks have all its threads. Then it is taken out of
+    the cluster, or what is queued there would wait for ever.
+    """
+    try:
+        # First, or the scheduler would run it anew elsewhere.
+        client.cancel([future])
+        # Not scheduler_info(), which answers with what the last of several questions was about.
+        worker = client.sync(client.scheduler.identity)["workers"][address]
+        if worker.get("nanny"):
+            client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
+        elif n_stuck >= worker["nthreads"]:
+            client.retire_workers([address], close_workers=True)
+    except Exception as error:  # the cluster or the worker is gone meanwhile
+        _log.debug("The worker %s with a task that ran too long was not restarted: %s", address, error)
+
+
+def failure_of(future: Any) -> BaseException | None:
+    """Return our error for a Dask task that failed, or None if it did not."""
+    if future.status != "error":
+        return None
+    error = future.exception()
+    failure: BaseException = error
+    if isinstance(error, distributed.KilledWorker):
+        n_deaths = int(getattr(error, "allowed_failures", 0)) + 1
+        failure = WorkerLostError(
+            f"Dask workers died while they had the batch {future.key}: the last of {n_deaths} was "
+            f"{getattr(error.last_worker, 'address', error.last_worker)}. Did they run out of memory?",
+            n_deaths=n_deaths,
+            how=f"Dask lost {n_deaths} workers over it",
+        )
+    elif not isinstance(error, CancelledError):
+        # Our function packs what tasks raise, so this came from Dask: mostly a worker without our package.
+        failure = TaskLoadError(
+            f"A Dask worker could not run the batch {future.key}: {type(error).__name__}: {error}. "
+            "If it is an import that fails: is joblib_backends installed there, in the same version?"
+        )
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,68 @@
+"""A batch on its way to a Dask cluster and back, as both threads of an exchange hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from ..data.codec import Payload, Wire
+from ..worker import PackedOutcome
+
+__all__ = ["Cancel", "Ticket"]
+
+
+class Ticket(Future[PackedOutcome]):
+    """A batch on its way: done when its outcome is here.
+
+    Parameters
+    ----------
+    name : str
+        What it runs, for the key.
+    wire : tuple
+        What travels.
+    payload : Payload
+        What keeps alive what it refers to.
+    timeout_s : float, optional
+        Seconds that it may run on a worker.
+    """
+
+    def __init__(self, name: str, wire: Wire, payload: Payload, timeout_s: float | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.wire = wire
+        self.payload = payload
+        self.timeout_s = timeout_s
+        self.n_resent = 0
+        self.dask_future: Any = None
+        #: When a worker was seen to start it, and which.
+        self.started: tuple[float, str] | None = None
+        self._key = f"{re.sub(r'[^A-Za-z0-9_.<>]', '_', name)}-{uuid.uuid4().hex}"
+
+    @property
+    def key(self) -> str:
+        """The key of the task on the cluster; another one each time that it is sent."""
+        return f"{self._key}-{self.n_resent}" if self.n_resent else self._key
+
+    def is_overdue(self, now: float) -> bool:
+        """Return whether it has been running for too long."""
+        return self.started is not None and self.timeout_s is not None and self.started[0] + self.timeout_s <= now
+
+    def end(self, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
+        """Complete the future, unless the call was aborted meanwhile."""
+        self.dask_future = None
+        with contextlib.suppress(Exception):  # InvalidStateError: cancelled
+            if error is not None:
+                self.set_exception(error)
+            elif outcome is not None:
+                self.set_result(outcome)
+
+
+class Cancel(NamedTuple):
+    """Asks the sender to cancel Dask tasks: those of an aborted call, and others by their futures."""
+
+    tickets: list[Ticket]
+    futures: Sequence[Any] = ()
