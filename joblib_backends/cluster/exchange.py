@@ -258,7 +258,7 @@ class Exchange:
             self._to_fetch.append(ticket)
         elif status in ("cancelled", "lost"):
             self._was_cancelled(ticket)
-        else:
+        elif status == "error":
             self._end(ticket, None, failure_of(ticket.dask_future))
 
     def _fetch(self) -> None:
@@ -271,8 +271,9 @@ class Exchange:
                 return
             fetched, self._fetching = self._fetching, None
             self._take(fetched)
-        if self._to_fetch:
-            tickets, self._to_fetch = self._to_fetch, []
+        # Some may have ended meanwhile, with the cluster.
+        tickets, self._to_fetch = [ticket for ticket in self._to_fetch if ticket.dask_future is not None], []
+        if tickets:
             outcomes = start_gather(self._client, {ticket.key: ticket.dask_future for ticket in tickets})
             self._fetching = _Fetch(tickets, outcomes, time.monotonic(), self._workers)
             outcomes.add_done_callback(lambda _: self._done.put(None))
