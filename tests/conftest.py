@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,9 @@ from joblib_backends.workers.pool import WorkerPool
 
 #: No test reads or writes the user's own profile, and neither do the scripts that tests start.
 os.environ["JOBLIB_BACKEND_PROFILE"] = "off"
+
+# A shell starts what runs in the background with Ctrl-C ignored, and so would everything that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TIERS = ["inline", "threads", "processes", "dask", "fake"]
 
