@@ -21,9 +21,6 @@ from joblib_backends.workers.pool import WorkerPool
 #: No test reads or writes the user's own profile, and neither do the scripts that tests start.
 os.environ["JOBLIB_BACKEND_PROFILE"] = "off"
 
-# A shell starts what runs in the background with Ctrl-C ignored, and so would everything that tests start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 TIERS = ["inline", "threads", "processes", "dask", "fake"]
 
 #: Tiers that users have; the fake one is for the contract itself.
@@ -34,6 +31,11 @@ COPYING_TIERS = ["processes", "dask", "fake"]
 
 #: A wait that ends a test that hangs; reaching it means a deadlock.
 LONG = 60
+
+
+def pytest_configure():
+    """Have Ctrl-C as in the foreground: a shell starts what runs in the background, and all it starts, without."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,17 @@ def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None
         if worker.get("nanny"):
             client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
         elif n_stuck >= worker["nthreads"]:
-            client.retire_workers([address], close_workers=True)
+            client.run_on_scheduler(_remove_worker, address=address)
     except Exception as error:  # the cluster or the worker is gone meanwhile
         _log.debug("The worker %s with a task that ran too long was not restarted: %s", address, error)
+
+
+async def _remove_worker(dask_scheduler: Any, address: str) -> None:
+    """Take a worker out of the cluster now. Runs in the scheduler.
+
+    Not ``retire_workers``, which waits for what the worker has in memory to be elsewhere, and it answers nobody.
+    """
+    await dask_scheduler.remove_worker(address, stimulus_id=f"task-timeout-{address}", expected=True, close=True)
 
 
 def failure_of(future: Any) -> BaseException | None:
