@@ -255,6 +255,8 @@ class Exchange:
         """Find out how a task has ended, and have its outcome fetched if there is one."""
         status = ticket.dask_future.status
         if status == "finished":
+            # It runs no more, however long its outcome takes to come here.
+            ticket.started = None
             self._to_fetch.append(ticket)
         elif status in ("cancelled", "lost"):
             self._was_cancelled(ticket)
