@@ -66,7 +66,7 @@ N_TASKS = 60
 CANDIDATES = list(range(20))
 
 #: Seconds within which what is called prompt must happen; mostly it takes a tenth of that, on a busy machine more.
-PROMPT = 10.0
+PROMPT = 45.0
 
 #: What the warning and the error say when the connection is gone.
 WITHOUT_CLUSTER = "The call goes on with 2 jobs on this machine, without its Dask cluster"

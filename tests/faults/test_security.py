@@ -30,7 +30,7 @@ dask_config = pytest.importorskip("dask.config", reason="the extra 'dask' is not
 pytestmark = pytest.mark.timeout(60)
 
 #: Seconds within which a client that is turned away must know, beyond those that it was told to wait.
-PROMPT = 10.0
+PROMPT = 45.0
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make certificates")
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
