@@ -394,7 +394,7 @@ def test_a_batch_sent_to_a_worker_that_is_dead_already_is_not_lost(pool):
 
 
 def test_workers_that_end_before_they_are_ready_fail_what_waits(spawned, pool, monkeypatch):
-    monkeypatch.setattr("joblib_backends.workers.process.run_worker", os.abort)
+    monkeypatch.setattr("joblib_backends.workers.process.run_spawned_worker", os.abort)
     call = pool.join(2)
     for _ in range(2):
         with pytest.raises(WorkerLostError, match="ended before they could take a batch"):
