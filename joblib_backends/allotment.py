@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Final
 
@@ -30,11 +31,13 @@ class Allotment:
         Batches that may run at once.
     queue : BatchQueue
         What waits and runs.
-    look_again : callable
-        Called in a thread of its own some time after memory was short.
+    look_again : weakref.WeakMethod
+        Called in a thread of its own some time after memory was short, if the call is still there.
     """
 
-    def __init__(self, config: Config, n_jobs: int, queue: BatchQueue, look_again: Callable[[], object]) -> None:
+    def __init__(
+        self, config: Config, n_jobs: int, queue: BatchQueue, look_again: weakref.WeakMethod[Callable[[], object]]
+    ) -> None:
         self._config = config
         self._queue = queue
         self._look_again = look_again
@@ -79,10 +82,13 @@ class Allotment:
         if not self._is_looking:
             self._is_looking = True
             timer = threading.Timer(LOOK_AGAIN_S, self._look)
+            timer.name = "joblib_backends-memory-is-short"
             timer.daemon = True
             timer.start()
         return False
 
     def _look(self) -> None:
         self._is_looking = False
-        self._look_again()
+        look_again = self._look_again()
+        if look_again is not None:
+            look_again()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Final
 
@@ -23,6 +24,7 @@ __all__ = ["LOOK_INTERVAL_S", "Completer", "GetOutcome"]
 LOOK_INTERVAL_S: Final = 0.010
 
 GetOutcome = Callable[[], Outcome]
+Finish = Callable[[Batch, GetOutcome], None]
 
 
 class Completer:
@@ -32,13 +34,14 @@ class Completer:
     ----------
     crew : Crew
         Where the completer's thread comes from.
-    finish : callable
-        Finishes one batch.
+    finish : weakref.WeakMethod
+        Finishes one batch. Weak, because the call has the completer: a cycle would keep the data that was placed for
+        the call in its files until the garbage collector comes.
     is_caller : bool
         Whether the calling thread, which waits anyway, is the completer; else a thread starts with the first batch.
     """
 
-    def __init__(self, crew: Crew, finish: Callable[[Batch, GetOutcome], None], *, is_caller: bool) -> None:
+    def __init__(self, crew: Crew, finish: weakref.WeakMethod[Finish], *, is_caller: bool) -> None:
         self._crew = crew
         self._finish = finish
         self._lock = threading.Lock()
@@ -65,8 +68,13 @@ class Completer:
         except queue.Empty:
             return False
         if item is not None:
-            self._finish(*item)
+            self._finish_one(*item)
         return True
+
+    def _finish_one(self, batch: Batch, get_outcome: GetOutcome) -> None:
+        finish = self._finish()
+        if finish is not None:
+            finish(batch, get_outcome)
 
     def _start(self) -> None:
         with self._lock:
@@ -82,6 +90,6 @@ class Completer:
     def _finish_all(self) -> None:
         """Finish batches until the call ends. The body of the crew's thread."""
         while (item := self._done.get()) is not None:
-            self._finish(*item)
+            self._finish_one(*item)
             # An idle thread must not keep the last batch's data alive.
             del item

@@ -84,7 +84,7 @@ class Rescue:
     Parameters
     ----------
     call : Rescued
-        The call.
+        The call; a weak reference to it will do, for all here runs within its methods.
     config, queue, router, pilot, tally
         Of the call.
     """

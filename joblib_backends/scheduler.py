@@ -41,6 +41,7 @@ import dataclasses
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,7 +138,7 @@ class Call:
         self._feeding = threading.Lock()
         self._joblib_polls = return_as == "generator_unordered"
         self._queue = BatchQueue(n_jobs, as_completed=self._joblib_polls)
-        self._allotment = Allotment(config, n_jobs, self._queue, self.start_what_waits)
+        self._allotment = Allotment(config, n_jobs, self._queue, weakref.WeakMethod(self.start_what_waits))
         self._unfinished: set[BatchFuture] = set()
         self._n_pending_tasks = 0
         self._is_met = False
@@ -149,9 +150,9 @@ class Call:
         self._caller = threading.get_ident()
         self._failure: BaseException | None = None
         crew = warm["crew"] = Crew.shared()
-        self._completer = Completer(crew, self._complete, is_caller=self._caller_completes)
+        self._completer = Completer(crew, weakref.WeakMethod(self._complete), is_caller=self._caller_completes)
         self._relief = Relief(crew, self._help_out)
-        self._rescue = Rescue(self, config, self._queue, self._router, pilot, self._tally)
+        self._rescue = Rescue(weakref.proxy(self), config, self._queue, self._router, pilot, self._tally)
         self._progress = threading.Event()
         self._ended = False
 

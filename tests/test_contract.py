@@ -33,6 +33,7 @@ from threadpoolctl import threadpool_info
 
 import joblib_backends
 from joblib_backends import HybridBackend, WorkerLostError, last_report
+from joblib_backends.scheduler import Call
 from joblib_backends.workers.pool import WorkerPool
 
 #: Tiers that run several tasks at once.
@@ -710,6 +711,24 @@ def test_the_input_may_use_the_same_backend(hybrid, form):
     with hybrid():
         results = list(Parallel(return_as=form, pre_dispatch=2, batch_size=1)(tasks()))
     assert sorted(results) == [sum((i + k) ** 2 for k in range(3)) for i in range(6)]
+
+
+def own_calls():
+    return [known for known in gc.get_objects() if type(known) is Call]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_leaves_nothing_to_the_garbage_collector(hybrid, form):
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(own_calls())
+        with hybrid():
+            assert sorted(Parallel(return_as=form)(delayed(square)(i) for i in range(6))) == [0, 1, 4, 9, 16, 25]
+        # Threads that have brought the last results are still on their way out.
+        wait_for(lambda: len(own_calls()) <= before)
+    finally:
+        gc.enable()
 
 
 # ---- processes around us

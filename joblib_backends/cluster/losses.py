@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from concurrent.futures import CancelledError
 from typing import Any, Final
@@ -17,6 +18,10 @@ _log = logging.getLogger(__name__)
 #: Seconds that the restart of a worker may take whose task ran too long.
 _RESTART_S: Final = 30.0
 
+#: Looks for a cancelled task, and seconds between two of them.
+_LOOKS: Final = 500
+_LOOK_S: Final = 0.01
+
 
 def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None:
     """Cancel a task and restart the worker that runs it, which nothing else can end.
@@ -25,8 +30,10 @@ def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None
     the cluster, or what is queued there would wait for ever.
     """
     try:
-        # First, or the scheduler would run it anew elsewhere.
+        # First, or the scheduler would run it anew elsewhere, unwatched. What follows goes another way than the
+        # cancellation and overtakes it, so the scheduler is asked until it has forgotten the task.
         client.cancel([future])
+        client.run_on_scheduler(_wait_until_forgotten, key=future.key)
         # Not scheduler_info(), which answers with what the last of several questions was about.
         worker = client.sync(client.scheduler.identity)["workers"][address]
         if worker.get("nanny"):
@@ -35,6 +42,14 @@ def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None
             client.run_on_scheduler(_remove_worker, address=address)
     except Exception as error:  # the cluster or the worker is gone meanwhile
         _log.debug("The worker %s with a task that ran too long was not restarted: %s", address, error)
+
+
+async def _wait_until_forgotten(dask_scheduler: Any, key: str) -> None:
+    """Return when the scheduler has no task of that key, or after some seconds. Runs in the scheduler."""
+    for _ in range(_LOOKS):
+        if key not in dask_scheduler.tasks:
+            return
+        await asyncio.sleep(_LOOK_S)
 
 
 async def _remove_worker(dask_scheduler: Any, address: str) -> None:

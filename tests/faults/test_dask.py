@@ -453,9 +453,8 @@ def test_a_task_over_its_time_is_named_and_its_worker_is_replaced(nanny_cluster,
     assert len({*before} & {*nanny_cluster.worker_pids()}) == 1, "the other worker stays"
 
 
-# Not kept yet where most workers are stuck at once (README, "Limits to know"): then a call may wait for those tasks.
-@pytest.mark.parametrize(("n_workers", "n_endless"), [(2, 1)])
-def test_a_task_over_its_time_holds_nothing_up_where_no_nanny_replaces_its_worker(
+@pytest.mark.parametrize(("n_workers", "n_endless"), [(2, 1), (8, 7)])
+def test_tasks_over_their_time_hold_nothing_up_where_no_nanny_replaces_their_workers(
     make_cluster, tmp_path, n_workers, n_endless
 ):
     cluster = make_cluster(n_workers)
