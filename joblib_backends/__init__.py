@@ -14,7 +14,6 @@ from joblib import register_parallel_backend as _register
 from .backend import HybridBackend
 from .errors import (
     BatchTimeoutError,
-    ClusterLostError,
     ClusterUnavailableError,
     ConfigurationError,
     HybridError,
@@ -22,7 +21,6 @@ from .errors import (
     RecoveryWarning,
     StoreError,
     TaskPicklingError,
-    TaskTimeoutError,
     WorkerLostError,
 )
 from .report import CallReport, last_report
@@ -32,7 +30,6 @@ from .tiers import register_tier
 __all__ = [
     "BatchTimeoutError",
     "CallReport",
-    "ClusterLostError",
     "ClusterUnavailableError",
     "ConfigurationError",
     "HybridBackend",
@@ -41,7 +38,6 @@ __all__ = [
     "RecoveryWarning",
     "StoreError",
     "TaskPicklingError",
-    "TaskTimeoutError",
     "WorkerLostError",
     "last_report",
     "register_tier",

@@ -75,6 +75,7 @@ class MemoryWatch:
         self._reserve = min(memory_nbytes() * _SHORT_FRACTION, _SHORT_NBYTES)
         self._answer, self._asked = False, -_VALID_S
         self._refused_since: float | None = None
+        self._n_kills = _n_kills()
 
     def __repr__(self) -> str:
         return f"<MemoryWatch {'short' if self._answer else 'enough'}>"
@@ -98,6 +99,17 @@ class MemoryWatch:
         if since is None or now - since > _PATIENCE_S:
             self._refused_since = now
         return since is not None and now - since > _PATIENCE_S
+
+
+    def has_killed(self) -> bool:
+        """Return whether the kernel has killed a process for want of memory that no earlier call was told of.
+
+        It counts those of the whole machine, so this is asked only about a process that was killed.
+        """
+        with self._lock:
+            is_news = _n_kills() > self._n_kills
+            self._n_kills += is_news
+        return is_news
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,6 +152,10 @@ def _left_in(group: _Group) -> int | None:
     if not limit or not used:
         return None
     return limit - used + (_line_of(group.stat, group.droppable) or 0)
+
+
+def _n_kills() -> int:
+    return _line_of(Path("/proc/vmstat"), "oom_kill") or 0
 
 
 def _number_in(path: Path) -> int:

@@ -114,7 +114,7 @@ def test_public_names_are_sorted_and_complete():
     }
     assert visible == set(joblib_backends.__all__)
     assert joblib_backends.__all__ == sorted(joblib_backends.__all__)
-    assert len(joblib_backends.__all__) <= 16
+    assert len(joblib_backends.__all__) <= 14
 
 
 def test_public_names_have_docstrings():

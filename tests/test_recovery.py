@@ -8,7 +8,7 @@ import pytest
 from joblib import Parallel, delayed, parallel_backend
 from joblib.parallel import BatchedCalls
 
-from joblib_backends import RecoveryWarning, TaskTimeoutError, WorkerLostError, last_report
+from joblib_backends import RecoveryWarning, WorkerLostError, last_report
 from joblib_backends.batches import Batch, BatchFuture, Parts
 from joblib_backends.config import Config
 from joblib_backends.errors import (
@@ -17,6 +17,7 @@ from joblib_backends.errors import (
     ClusterUnavailableError,
     DataLostError,
     HybridError,
+    TaskTimeoutError,
 )
 from joblib_backends.recovery import failed_results, failure_of, is_fault, next_step, pieces_of, warn
 from joblib_backends.tiers.fake import fake_control

@@ -58,7 +58,11 @@ _LOOK_EVERY_S: Final = 0.5
 #: Times that a batch is sent again because its data was lost on the way, or somebody cancelled it.
 _MOST_RESENT: Final = 3
 
-#: Seconds that outcomes may be on their way here before it matters whether their worker still exists.
+#: Seconds that outcomes may be on their way here before others no longer wait for them; all that finishes meanwhile
+#: comes together.
+_FETCH_ALONE_S: Final = 0.05
+
+#: Seconds that they may be on their way before it matters whether their worker still exists.
 _SLOW_FETCH_S: Final = 1.0
 
 
@@ -109,7 +113,7 @@ class Exchange:
         self._is_over = False
         # What has finished, and what of it is on its way here.
         self._to_fetch: list[Ticket] = []
-        self._fetching: _Fetch | None = None
+        self._fetches: list[_Fetch] = []
         self._workers: frozenset[str] = frozenset()
         self._n_stuck: Counter[str] = Counter()
         self._scattered: weakref.WeakKeyDictionary[Resident, Any] = weakref.WeakKeyDictionary()
@@ -266,18 +270,21 @@ class Exchange:
     def _fetch(self) -> None:
         """Take what was fetched, and have all that has finished meanwhile fetched together.
 
-        Not a wait: the worker that has an outcome may die now, and with the last worker it would never end.
+        Not a wait: the worker that has an outcome may die now, and with the last worker it would never end. Nor may
+        others wait long for it, for they would be lost with the next worker that dies.
         """
-        if self._fetching is not None:
-            if not self._fetching.outcomes.done():
-                return
-            fetched, self._fetching = self._fetching, None
-            self._take(fetched)
+        fetched = [fetch for fetch in self._fetches if fetch.outcomes.done()]
+        self._fetches = [fetch for fetch in self._fetches if fetch not in fetched]
+        for fetch in fetched:
+            self._take(fetch)
+        now = time.monotonic()
+        if self._fetches and now < self._fetches[-1].since + _FETCH_ALONE_S:
+            return
         # Some may have ended meanwhile, with the cluster.
         tickets, self._to_fetch = [ticket for ticket in self._to_fetch if ticket.dask_future is not None], []
         if tickets:
             outcomes = start_gather(self._client, {ticket.key: ticket.dask_future for ticket in tickets})
-            self._fetching = _Fetch(tickets, outcomes, time.monotonic(), self._workers)
+            self._fetches.append(_Fetch(tickets, outcomes, now, self._workers))
             outcomes.add_done_callback(lambda _: self._done.put(None))
 
     def _take(self, fetched: _Fetch) -> None:
@@ -340,8 +347,10 @@ class Exchange:
         if not self._in_flight:
             return None
         now = time.monotonic()
-        overdue = (t.started[0] + t.timeout_s for t in list(self._in_flight.values()) if t.started and t.timeout_s)
-        return max(0.0, min(self._looked + _LOOK_EVERY_S, *overdue, now + _LOOK_EVERY_S) - now)
+        due = [t.started[0] + t.timeout_s for t in list(self._in_flight.values()) if t.started and t.timeout_s]
+        if self._to_fetch and self._fetches:
+            due.append(self._fetches[-1].since + _FETCH_ALONE_S)
+        return max(0.0, min(self._looked + _LOOK_EVERY_S, *due, now + _LOOK_EVERY_S) - now)
 
     def _look_after_rest(self) -> None:
         now = time.monotonic()
@@ -373,7 +382,7 @@ class Exchange:
                 for ticket in list(self._in_flight.values()):
                     if ticket.started is not None and ticket.started[1] not in self._workers:
                         ticket.started = None
-                self._give_up_slow_fetch(now)
+                self._give_up_slow_fetches(now)
                 if now - self._had_workers > self._wait_s:
                     error = ClusterLostError(
                         f"The Dask cluster of {self._client!r} has had no worker for "
@@ -382,19 +391,18 @@ class Exchange:
         if error is not None:
             self._end_all(error)
 
-    def _give_up_slow_fetch(self, now: float) -> None:
+    def _give_up_slow_fetches(self, now: float) -> None:
         """Send batches again whose outcomes may be on a worker that is gone: Dask tries 30 s to reach it."""
-        fetch = self._fetching
-        if fetch is None or now - fetch.since < _SLOW_FETCH_S or fetch.workers <= self._workers:
-            return
-        self._fetching = None
-        fetch.outcomes.cancel()
-        for ticket in fetch.tickets:
-            self._send_again(ticket, "its worker left before its outcome was fetched")
+        for fetch in list(self._fetches):
+            if now - fetch.since >= _SLOW_FETCH_S and not fetch.workers <= self._workers:
+                self._fetches.remove(fetch)
+                fetch.outcomes.cancel()
+                for ticket in fetch.tickets:
+                    self._send_again(ticket, "its worker left before its outcome was fetched")
 
     def _end_all(self, error: BaseException) -> None:
-        if self._fetching is not None:
-            self._fetching.outcomes.cancel()
+        for fetch in self._fetches:
+            fetch.outcomes.cancel()
         tickets = list(self._in_flight.values())
         self._outbox.put(Cancel([], [ticket.dask_future for ticket in tickets]))
         for ticket in tickets:

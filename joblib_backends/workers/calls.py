@@ -65,6 +65,10 @@ class CallQueue:
         self.is_held_back = bool(self.n_running and self.is_long) and not MemoryWatch.shared().allows_another()
         return not self.is_held_back
 
+    def run_fewer(self) -> None:
+        """Run no more than what runs now, of which is known that there is memory for it."""
+        self.n_jobs = max(1, min(self.n_jobs, self.n_running))
+
     @property
     def may_prefetch(self) -> bool:
         """Whether a batch waits, and batches are so short that a worker should have its next one at hand.

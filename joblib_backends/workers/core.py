@@ -5,15 +5,16 @@ The picture, and who calls what in which thread, are in ``pool.py``.
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Final
 
-from ..memory import LOOK_AGAIN_S
+from ..memory import LOOK_AGAIN_S, MemoryWatch
 from . import frames
 from .calls import CallQueue
 from .collector import Collector
@@ -24,6 +25,9 @@ from .roster import Roster
 from .starter import Starter
 
 __all__ = ["PoolCore"]
+
+#: The exit code of what the kernel kills; Windows has no such signal, and never this code.
+_KILLED: Final = -getattr(signal, "SIGKILL", 9)
 
 
 class PoolCore:
@@ -39,6 +43,8 @@ class PoolCore:
         self._over: deque[CallQueue] = deque()
         self._collector: Collector | None = None
         self._starter = Starter()
+        # It counts kills from now on.
+        MemoryWatch.shared()
 
     def __repr__(self) -> str:
         return f"<WorkerPool {self.n_workers} workers, {len(self._roster.calls)} calls>"
@@ -176,6 +182,10 @@ class PoolCore:
         with self._held() as done:
             running = self._roster.remove(member)
             if running is not None:
+                if end.code == _KILLED and MemoryWatch.shared().has_killed():
+                    # Before it kills the next: a task that takes long to fill its memory starts while there is some.
+                    running.queue.run_fewer()
+                    end = end._replace(how=f"{end.how} by the kernel, because memory had run out")
                 done += lost([running], end, n_deaths=1)
             if not member.is_ready and not member.is_doomed and self._starter.is_stillborn(member, end):
                 why = f"new worker processes ended before they could take a batch: {end.how}"

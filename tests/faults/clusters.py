@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +54,11 @@ def square(i, folder, seconds=0.01):
     start(folder, i)
     time.sleep(seconds)
     return i * i
+
+
+def squares(indices, folder):
+    """Make a call of its own."""
+    return Parallel(n_jobs=2)(delayed(square)(i, folder) for i in indices)
 
 
 def hold(i, folder):
@@ -96,19 +102,20 @@ def endless_at(i, bad, folder, seconds=LONG):
 class Step(ClassifierMixin, BaseEstimator):
     """A classifier whose fits leave a file, and at one value of ``c`` kill the worker, or never end."""
 
-    def __init__(self, c=0, folder=None, kills=None, stays=None, driver=None):
+    def __init__(self, c=0, folder=None, kills=None, stays=None, driver=None, seconds=0.01):
         self.c = c
         self.folder = folder
         self.kills = kills
         self.stays = stays
         self.driver = driver
+        self.seconds = seconds
 
     def fit(self, X, y):  # noqa: N803
         if self.folder is not None:
             start(self.folder, f"c={self.c}")
         if self.c == self.kills:
             die_unless_in(self.driver)
-        time.sleep(LONG if self.c == self.stays else 0.01)
+        time.sleep(LONG if self.c == self.stays else self.seconds)
         self.classes_ = np.unique(y)
         self.mean_ = float(X.mean())
         return self

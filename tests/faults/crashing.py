@@ -3,7 +3,25 @@
 import ctypes
 import os
 
+from joblib import delayed
 from tasks import Wrong
+
+from joblib_backends.errors import ResultPicklingError, TaskLoadError, TaskPicklingError, WorkerLostError
+
+#: Where things go wrong, how, and the error of the call.
+CRASHES = [
+    ("pickle of an argument", "raise", TaskPicklingError),
+    ("unpickle of an argument", "raise", TaskLoadError),
+    ("unpickle of an argument", "exit", WorkerLostError),
+    ("unpickle of an argument", "crash", WorkerLostError),
+    ("the call", "raise", Wrong),
+    ("the call", "exit", WorkerLostError),
+    ("the call", "crash", WorkerLostError),
+    ("pickle of the result", "raise", ResultPicklingError),
+    ("pickle of the result", "exit", WorkerLostError),
+    ("pickle of the result", "crash", WorkerLostError),
+    ("unpickle of the result", "raise", ResultPicklingError),
+]
 
 ENDS = {
     "crash": lambda: ctypes.string_at(0),
@@ -53,3 +71,15 @@ def takes(value):
 
 def ends(how):
     end(how)
+
+
+def delayed_at(where, how):
+    """Return a task that goes wrong there."""
+    me = os.getpid()
+    return {
+        "pickle of an argument": lambda: delayed(takes)(EndsAtPickle(how)),
+        "unpickle of an argument": lambda: delayed(takes)(EndsAtUnpickle(how)),
+        "the call": lambda: delayed(ends)(how),
+        "pickle of the result": lambda: delayed(returns)(EndsAtPickle, how, me),
+        "unpickle of the result": lambda: delayed(returns)(EndsAtUnpickle, how, None),
+    }[where]()

@@ -78,7 +78,7 @@ LAUNCHER = """
 """
 
 
-@pytest.mark.parametrize(("tier", "n_kills"), [("threads", 20), ("processes", 5)])
+@pytest.mark.parametrize(("tier", "n_kills"), [("threads", 20), ("processes", 20)])
 def test_a_search_whose_driver_is_killed_at_any_moment_goes_on_until_it_is_done(tier, n_kills, tmp_path):
     """Each driver is forked, so that it need not import everything; tasks that were in flight run again."""
     n, journal = 40 + 6 * n_kills, tmp_path / "search.ckpt"
@@ -95,7 +95,7 @@ def test_a_search_whose_driver_is_killed_at_any_moment_goes_on_until_it_is_done(
     assert (codes, err) == (["-9"] * n_kills + ["0"], "")
     assert entries(journal) == n
     assert in_flight[-1] == 0
-    assert max(in_flight) <= 20, "what two jobs ran, and what was done and not in the journal yet"
+    assert max(in_flight) <= 8, "what two jobs ran, and what was done and not in the journal yet"
     assert len(notes(tmp_path / "started")) == n + sum(in_flight)
 
 

@@ -5,6 +5,7 @@ Every blow falls when files of the tasks say that it is time. Tests that draw mo
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import signal
@@ -35,12 +36,14 @@ from clusters import (
     moments,
     poison,
     square,
+    squares,
     started,
     striking,
     tasks_known_to,
     total,
     wait_until,
 )
+from crashing import CRASHES, delayed_at, takes
 from joblib import Parallel, delayed, parallel_backend
 from sklearn.model_selection import GridSearchCV
 
@@ -58,7 +61,7 @@ pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 #: Every test here takes seconds.
 pytestmark = pytest.mark.timeout(180)
 
-KINDS = ["list", "generator", "unordered", "search"]
+KINDS = ["list", "generator", "unordered", "nested", "search"]
 RETURN_AS = {"list": "list", "generator": "generator", "unordered": "generator_unordered"}
 
 #: Tasks of a call, and candidates of a search of three folds: enough to be struck in their midst.
@@ -145,6 +148,9 @@ def results_of(kind, folder=None):
         return scores(Step(), n_jobs=1) if kind == "search" else [i * i for i in range(N_TASKS)]
     if kind == "search":
         return scores(Step(folder=str(folder)))
+    if kind == "nested":
+        parts = Parallel(batch_size=1)(delayed(squares)(range(i, i + 4), str(folder)) for i in range(0, N_TASKS, 4))
+        return list(itertools.chain.from_iterable(parts))
     call = Parallel(return_as=RETURN_AS[kind], batch_size=1)
     results = list(call(delayed(square)(i, str(folder)) for i in range(N_TASKS)))
     return sorted(results) if kind == "unordered" else results
@@ -178,6 +184,43 @@ def test_workers_killed_at_random_moments_change_no_result(make_cluster, tmp_pat
         assert last_report().tier == "dask"
     # The tasks that ran there, and those whose results had not been fetched yet.
     assert len(started(tmp_path)) <= N_TASKS + 2 * 30
+
+
+class Killer(threading.Thread):
+    """Kills random workers of a cluster that always has some, each time another one comes in its place; seeded."""
+
+    def __init__(self, cluster, n_kills, seed):
+        super().__init__(name="killer")
+        self._cluster, self._n_kills, self._random = cluster, n_kills, random.Random(seed)
+        self._over = threading.Event()
+        self.n_killed = 0
+
+    def run(self):
+        alive = list(self._cluster.workers)
+        while self.n_killed < self._n_kills and not self._over.wait(self._random.uniform(0.0, 0.1)):
+            kill(alive.pop(self._random.randrange(len(alive))))
+            self.n_killed += 1
+            alive.append(self._cluster.add_worker())
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self.join(LONG)
+
+
+def test_two_hundred_kills_change_nothing_but_the_time(make_cluster, tmp_path):
+    cluster, n_searches = make_cluster(6), 0
+    expected = scores(Step(), n_jobs=1, candidates=list(range(100)))
+    with hybrid(cluster, n_jobs=4, fallback=False, wait_for_workers=LONG), Killer(cluster, 200, seed=0) as killer:
+        while killer.n_killed < 200:
+            step = Step(folder=str(tmp_path), seconds=0.05)
+            assert scores(step, candidates=list(range(100)), error_score="raise") == expected
+            n_searches += 1
+    # What ran on a worker is lost with it, and what had ended there and was not fetched yet (6 of 206 here).
+    assert len(started(tmp_path)) <= n_searches * 300 + 2 * killer.n_killed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,6 +263,28 @@ def test_a_search_scores_the_candidate_that_kills_its_workers(make_cluster, tmp_
         assert got[fold][:3] + got[fold][4:] == expected[fold][:3] + expected[fold][4:]
     assert len(found) == 3
     assert all("gets its error_score" in text and "(candidate c=3, fold" in text for text in found), found
+
+
+@pytest.fixture(scope="module")
+def fragile_cluster(nursery, tmp_path_factory):
+    """Return a cluster that lets one worker die over a task, not four; of two workers with nannies."""
+    environment = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
+    cluster = Cluster(nursery, tmp_path_factory.mktemp("fragile"), 2, nanny=True, environment=environment)
+    try:
+        yield cluster.ready()
+    finally:
+        cluster.close()
+
+
+@pytest.mark.parametrize("return_as", RETURN_AS.values())
+@pytest.mark.parametrize(("where", "how", "error"), CRASHES)
+def test_a_crash_anywhere_is_the_error_of_its_place(fragile_cluster, where, how, error, return_as):
+    tasks = [delayed(takes)(i) for i in range(3)] + [delayed_at(where, how)]
+    with hybrid(fragile_cluster, fallback=False, retries=1, wait_for_workers=LONG):
+        with pytest.raises(error) as caught:
+            list(Parallel(return_as=return_as, batch_size=1)(tasks))
+        assert caught.type is error
+        assert Parallel()(delayed(takes)(i) for i in range(4)) == [1] * 4
 
 
 def test_all_workers_killed_the_call_goes_on_here_after_the_wait(make_cluster, tmp_path):
