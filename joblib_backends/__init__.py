@@ -14,13 +14,13 @@ from joblib import register_parallel_backend as _register
 from .backend import HybridBackend
 from .errors import (
     BatchTimeoutError,
+    ClusterLostError,
     ClusterUnavailableError,
     ConfigurationError,
     HybridError,
-    MissingDependencyError,
     RecoveryWarning,
-    StoreError,
     TaskPicklingError,
+    TaskTimeoutError,
     WorkerLostError,
 )
 from .report import CallReport, last_report
@@ -30,14 +30,14 @@ from .tiers import register_tier
 __all__ = [
     "BatchTimeoutError",
     "CallReport",
+    "ClusterLostError",
     "ClusterUnavailableError",
     "ConfigurationError",
     "HybridBackend",
     "HybridError",
-    "MissingDependencyError",
     "RecoveryWarning",
-    "StoreError",
     "TaskPicklingError",
+    "TaskTimeoutError",
     "WorkerLostError",
     "last_report",
     "register_tier",

@@ -100,16 +100,20 @@ class MemoryWatch:
             self._refused_since = now
         return since is not None and now - since > _PATIENCE_S
 
-
     def has_killed(self) -> bool:
         """Return whether the kernel has killed a process for want of memory that no earlier call was told of.
 
         It counts those of the whole machine, so this is asked only about a process that was killed.
         """
+        n_kills = _n_kills()
         with self._lock:
-            is_news = _n_kills() > self._n_kills
+            is_news = n_kills > self._n_kills
             self._n_kills += is_news
         return is_news
+
+    def forget_kills(self) -> None:
+        """Count from now on: earlier kills are not those of processes that start now."""
+        self._n_kills = _n_kills()
 
 
 @functools.lru_cache(maxsize=1)

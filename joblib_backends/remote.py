@@ -1,34 +1,46 @@
 """What runs in a worker that may be on another host: get at the data of a batch, then run it as any worker does.
 
-A payload names the files of its residents. Here they are mapped where they can be read; where not, the worker answers
-with what is missing, and the bytes come along with the next try. It knows no cluster software: tiers hand it over.
+A payload names the files of its residents. Here they are mapped where they can be read, or where the parent has said
+that this host has copies; else the worker answers with what is missing. It knows no cluster software: tiers hand it
+over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, Final, NamedTuple
 
-from .data.arrays import address_of
-from .data.codec import Wire, missing_files, moved_files, resolving
+from .data.codec import Wire, files_of, moved_files, resolving
 from .data.scope import ResidentScope
-from .data.store import Resident, default_store
+from .data.store import default_store
 from .worker import PackedOutcome, run_payload
 
-__all__ = ["Missing", "process_identity", "run_remotely"]
+__all__ = ["Missing", "can_read", "note_copies", "place_of_this_process", "process_identity", "run_remotely"]
+
+#: Copies of other hosts' files that a worker process remembers; each is a name.
+_MOST_COPIES: Final = 10_000
+
+#: Where this host has the files of other hosts, by their paths there.
+_copies: Final[dict[str, str]] = {}
 
 
 class Missing(NamedTuple):
     """A worker's answer when it cannot read some files; the batch did not run."""
 
-    paths: list[str]
+    #: Who answers.
+    worker: str
+    #: The files, and for each the copy that this host once had.
+    paths: dict[str, str | None]
 
 
 def run_remotely(
-    wire: Wire, data: Mapping[str, tuple[bytes, Any]], remote_objects: Mapping[str, Any], origin: str
+    wire: Wire, remote_objects: Mapping[str, Any], origin: str, worker: str = ""
 ) -> PackedOutcome | Missing:
     """Run a batch in a worker's thread.
 
@@ -36,35 +48,68 @@ def run_remotely(
     ----------
     wire : tuple
         The encoded batch.
-    data : mapping
-        The content of files that the worker may not have, by path: (digest, flat array of bytes).
     remote_objects : mapping
         What a :class:`~joblib_backends.data.codec.RemoteReference` of the batch stands for, by key.
     origin : str
         The :func:`process_identity` of the parent: in a worker that is a thread of it, thread limits are put back.
+    worker : str
+        What the parent calls this worker.
     """
-    if data:
-        wire = moved_files(wire, {path: _local_resident(*item).ref() for path, item in data.items()})
-    missing = missing_files(wire)
+    files = files_of(wire)
+    moved = {path: _copies[path] for path in files if path in _copies}
+    missing = {path: moved.get(path) for path in files if not can_read(moved.get(path, path))}
     if missing:
-        return Missing(missing)
+        for path in missing:
+            _copies.pop(path, None)
+        return Missing(worker, missing)
     with resolving(remote_objects, _WorkerScope.get()):
-        return run_payload(wire, owns_process=process_identity() != origin)
+        return run_payload(moved_files(wire, moved), owns_process=process_identity() != origin)
+
+
+def can_read(path: str) -> bool:
+    """Return whether this process may read a file."""
+    return os.access(path, os.R_OK)
+
+
+def note_copies(copies: Mapping[str, str]) -> None:
+    """Note where this host has copies of other hosts' files, by their paths there."""
+    _copies.update(copies)
+    while len(_copies) > _MOST_COPIES:
+        # The oldest; if it is used yet, the parent will say again where it is.
+        with contextlib.suppress(StopIteration, KeyError, RuntimeError):
+            del _copies[next(iter(_copies))]
+
+
+def place_of_this_process() -> str:
+    """Return what names the place of this process' files: the same in all processes that find each other's there.
+
+    That is a mounted file system, which has one number in all containers of a kernel, and a user, who alone may read.
+    """
+    return "|".join([_kernel(), str(getattr(os, "getuid", int)()), *map(_file_system, ("/dev/shm", _temp_folder()))])
+
+
+def _kernel() -> str:
+    with contextlib.suppress(OSError):
+        # Another number each time that it starts.
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def _file_system(folder: str) -> str:
+    with contextlib.suppress(OSError):
+        status = os.stat(folder)
+        return f"{folder}:{status.st_dev}:{status.st_ino}"
+    return f"{folder}:none"
+
+
+def _temp_folder() -> str:
+    # Where both have shared memory, it does not matter that each has its own folder for temporary files.
+    return "" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 
 def process_identity() -> str:
     """Return what tells this process from every other of a cluster."""
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _local_resident(digest: bytes, content: Any) -> Resident:
-    """Return the resident for bytes that came with the batch, written once per process and gone with those bytes."""
-    scope = _WorkerScope.get()
-    resident = scope.store.find(digest, content.nbytes)
-    if resident is None:
-        resident = scope.store.put(memoryview(content), digest)
-    scope.hold(resident, address_of(content), content)
-    return resident
 
 
 class _WorkerScope:

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from samples import BY_FILE, COPIED_BY_THEIR_PICKLE, SAMPLES, SMALL, N, assert_same, numbers, objects
 
 from joblib_backends.config import Config
-from joblib_backends.data.codec import Encoder, RemoteReference, load, missing_files, moved_files, resolving
+from joblib_backends.data.codec import Encoder, RemoteReference, files_of, load, moved_files, resolving
 from joblib_backends.data.scope import ResidentScope
 from joblib_backends.data.store import Store
 from joblib_backends.errors import DataLostError, TaskPicklingError
@@ -324,15 +324,14 @@ def test_a_reference_takes_the_place_of_its_argument(scope):
     assert payload.nbytes_inband < 1_000
 
 
-def test_files_that_a_worker_lacks_are_named_and_can_be_moved(encoder, tmp_path):
+def test_the_files_of_a_batch_are_named_and_can_be_moved(encoder, tmp_path):
     payload = encode(encoder, (give, numbers()))
     (resident,) = payload.residents
-    assert missing_files(payload.wire) == []
-    elsewhere = tmp_path / "copy"
+    assert files_of(payload.wire) == {resident.path}
+    elsewhere = str(tmp_path / "copy")
     shutil.move(resident.path, elsewhere)
-    assert missing_files(payload.wire) == [resident.path]
-    wire = moved_files(payload.wire, {resident.path: resident.ref()._replace(path=str(elsewhere))})
-    assert missing_files(wire) == []
+    wire = moved_files(payload.wire, {resident.path: elsewhere})
+    assert files_of(wire) == {elsewhere}
     assert_same(load(*wire[1][0])[0][1][0], numbers())
 
 

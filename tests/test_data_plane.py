@@ -5,7 +5,9 @@ The codec's own tests hold the finer points; here workers are real.
 
 import contextlib
 import gc
+import importlib
 import itertools
+import os
 import threading
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from conftest import COPYING_TIERS, LONG, eventually, make_hybrid, resident_file
 from joblib import Parallel, delayed, parallel_config
 from samples import SAMPLES, assert_same, frame, numbers
 
-from joblib_backends import HybridBackend, StoreError, last_report
+from joblib_backends import HybridBackend, last_report
 from joblib_backends.data.store import default_store
+from joblib_backends.errors import StoreError
 
 #: More than ``max_nbytes``, so that it is placed.
 LARGE = 200_000
@@ -455,13 +458,12 @@ def own_folders():
 
 def hide_files_of(folders):
     from joblib_backends import remote
-    from joblib_backends.data.codec import missing_files
 
-    def without(wire):
-        paths = [ref[0] for _, refs in (*wire[0], *wire[1]) for ref in refs]
-        return missing_files(wire) + [path for path in paths if path.startswith(tuple(folders))]
-
-    remote.missing_files = missing_files if folders is None else without
+    if folders is None:
+        importlib.reload(remote)
+    else:
+        remote.place_of_this_process = lambda: "elsewhere"
+        remote.can_read = lambda path: not path.startswith(tuple(folders)) and os.access(path, os.R_OK)
 
 
 @pytest.mark.usefixtures("remote_workers")

@@ -236,7 +236,7 @@ def test_dask_without_distributed_names_the_extra():
         try:
             with parallel_backend("hybrid", tier="dask", n_jobs=2):
                 Parallel()(delayed(abs)(i) for i in range(4))
-        except joblib_backends.MissingDependencyError as error:
+        except joblib_backends.errors.MissingDependencyError as error:
             print(error, "|", type(error.__cause__).__name__)
     """
     assert run(code) == (

@@ -9,8 +9,9 @@ from conftest import TIERS
 from joblib import Parallel, delayed, effective_n_jobs, parallel_backend
 
 import joblib_backends
-from joblib_backends import ConfigurationError, HybridBackend, MissingDependencyError, last_report
+from joblib_backends import ConfigurationError, HybridBackend, last_report
 from joblib_backends.config import Config
+from joblib_backends.errors import MissingDependencyError
 from joblib_backends.tiers import Tier, base, load_tier, register_tier, tier_names
 from joblib_backends.tiers.fake import FakeTier, fake_control
 from joblib_backends.worker import run_here, run_payload, unpack

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
 import distributed
+from distributed.utils_comm import gather_from_workers
 
 from ..config import Config
 from ..errors import ClusterUnavailableError, ConfigurationError
@@ -19,14 +21,33 @@ __all__ = [
     "connect",
     "is_alive",
     "nthreads",
+    "run_on_workers",
     "start_gather",
 ]
 
 #: What a question to a scheduler that is gone, or going, ends with.
 GONE: Final = (OSError, TimeoutError, RuntimeError, ValueError)
 
+#: Seconds that the end of a client may take that has not connected.
+_CLOSE_S: Final = 5.0
+
 #: States of a client that has, or may get back, its connection.
 _ALIVE: Final = ("running", "connecting")
+
+
+class _Client(distributed.Client):
+    """A client that is closed if it cannot be made.
+
+    Dask leaves that to its finalizer, which takes a lock that the thread may have in which the collector comes by.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.close(timeout=_CLOSE_S)  # type: ignore[no-untyped-call]
+            raise
 
 
 def active_client() -> Any:
@@ -51,9 +72,7 @@ def connect(config: Config, timeout_s: float) -> Any:
     address = config.scheduler
     security = {} if config.security is None else {"security": config.security}
     try:
-        return distributed.Client(  # type: ignore[no-untyped-call]
-            address, timeout=timeout_s, set_as_default=False, **security
-        )
+        return _Client(address, timeout=timeout_s, set_as_default=False, **security)
     except (OSError, TimeoutError) as error:
         raise ClusterUnavailableError(
             f"No Dask scheduler answered at {address!r} within wait_for_workers={timeout_s:g} seconds: is the address "
@@ -89,20 +108,56 @@ def is_alive(client: Any) -> bool:
     return client.status in _ALIVE
 
 
-def start_gather(client: Any, futures: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
-    """Have the results of Dask futures fetched; those that cannot be had are left out.
+def start_gather(client: Any, keys: Sequence[str]) -> Future[dict[str, Any]]:
+    """Have the results of finished tasks fetched; those that cannot be had are left out.
+
+    Not ``Client.gather``: it merges what several callers ask for, and one of them that stops waiting ends it for all of
+    them, for the user too, whose client this may be.
 
     Returns
     -------
     concurrent.futures.Future
-        With the results by the keys of ``futures``.
+        With the results by key.
     """
-    fetched = client.gather(dict(futures), errors="skip", asynchronous=True)
+    fetched = _gather(client, list(keys))
     try:
         return asyncio.run_coroutine_threadsafe(fetched, client.loop.asyncio_loop)
     except BaseException:
         fetched.close()
         raise
+
+
+async def _gather(client: Any, keys: list[str]) -> dict[str, Any]:
+    if client.direct_to_workers:
+        fetched = await gather_from_workers(await client.scheduler.who_has(keys=keys), rpc=client.rpc)
+        return {str(key): result for key, result in fetched[0].items()}
+    while keys:
+        answer = await client.scheduler.gather(keys=keys)
+        if answer["status"] == "OK":
+            return dict(answer["data"])
+        # All or nothing: it names those that are lost.
+        lost = set(answer["keys"])
+        keys = [key for key in keys if key not in lost]
+    return {}
+
+
+def run_on_workers(
+    client: Any, function: Callable[..., Any], workers: Collection[str], *args: Any, timeout_s: float
+) -> dict[str, Any]:
+    """Return what a function returns on each of some workers, by address; those that it fails on are left out.
+
+    Raises
+    ------
+    TimeoutError
+        If not all have answered within ``timeout_s`` seconds.
+    OSError
+        If the scheduler is gone.
+    """
+    if not workers:
+        return {}
+    return dict(
+        client.sync(client._run, function, *args, workers=list(workers), on_error="ignore", callback_timeout=timeout_s)
+    )
 
 
 def nthreads(client: Any, timeout_s: float) -> dict[str, int]:

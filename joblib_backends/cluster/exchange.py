@@ -6,9 +6,9 @@
     future done <─────────────── collector thread:  client.gather of all that is done; looks after the rest
 
 Nothing of ours runs on the client's event loop but what puts something into a queue. A batch travels as opaque bytes,
-which the scheduler never unpickles. Buffers travel by the path of the resident's file first: a worker on this machine
-maps it. A worker that cannot answers that it is missing; then the bytes are scattered once, and from then on they go
-along as data. What was scattered and is lost with its worker is scattered again.
+which the scheduler never unpickles. Buffers travel by the path of the resident's file: workers on this machine map it,
+and on any other host there is a copy (``places.py``) before a batch that needs it goes there. Until then it goes to
+the workers that have the data, or waits.
 
 Invariant: every batch that was put ends its future, whatever becomes of it on the cluster: result, error, cancelled,
 lost with its workers, too late, or cut off with the whole cluster.
@@ -17,35 +17,33 @@ lost with its workers, too late, or cut off with the whole cluster.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
+import math
 import queue
 import threading
 import time
 import uuid
-import weakref
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
 from concurrent.futures import CancelledError, Future
 from typing import Any, Final, NamedTuple
 
 import distributed
-import numpy as np
 
 from ..crew import Crew
 from ..data.codec import Wire
-from ..data.store import Resident, map_buffer
 from ..errors import (
     ClusterLostError,
     ClusterUnavailableError,
     DataLostError,
     TaskTimeoutError,
-    WorkerLostError,
 )
 from ..remote import Missing, process_identity, run_remotely
 from ..worker import PackedOutcome
 from .client import is_alive, nthreads, start_gather
 from .losses import failure_of, replace_worker
+from .places import Places
 from .ticket import Cancel, Ticket
 
 __all__ = ["Exchange"]
@@ -62,15 +60,25 @@ _MOST_RESENT: Final = 3
 #: comes together.
 _FETCH_ALONE_S: Final = 0.05
 
+#: Fetches that may be under way at a time.
+_MOST_FETCHES: Final = 4
+
 #: Seconds that they may be on their way before it matters whether their worker still exists.
 _SLOW_FETCH_S: Final = 1.0
+
+
+class _Changed:
+    """Says that data has arrived somewhere."""
+
+
+_CHANGED: Final = _Changed()
 
 
 class _Fetch(NamedTuple):
     """Outcomes on their way here."""
 
     tickets: list[Ticket]
-    outcomes: Future[Mapping[str, Any]]
+    outcomes: Future[dict[str, Any]]
     since: float
     #: The workers that there were.
     workers: frozenset[str]
@@ -114,14 +122,17 @@ class Exchange:
         # What has finished, and what of it is on its way here.
         self._to_fetch: list[Ticket] = []
         self._fetches: list[_Fetch] = []
+        self._nthreads: dict[str, int] = {}
         self._workers: frozenset[str] = frozenset()
         self._n_stuck: Counter[str] = Counter()
-        self._scattered: weakref.WeakKeyDictionary[Resident, Any] = weakref.WeakKeyDictionary()
-        self._needs_data = threading.Event()
+        # Of the sender thread: what waits for data that is on its way to workers.
+        self._waiting: list[Ticket] = []
+        self._places = Places(client, functools.partial(outbox.put, _CHANGED))
         self._origin = process_identity()
         self._topic = f"joblib_backends-{uuid.uuid4().hex}"
         self._is_told_of_starts = False
         self._looked = self._had_workers = time.monotonic()
+        self._asked = -_LOOK_EVERY_S
 
     def start(self) -> None:
         """Start the threads; they end with the None that is put into the outbox."""
@@ -134,7 +145,11 @@ class Exchange:
         """Send all that waits in one graph: what comes while a graph is on its way goes with the next."""
         while (first := self._outbox.get()) is not None:
             waiting = [first, *_drain(self._outbox)]
-            tickets = [item for item in waiting if isinstance(item, Ticket) and not item.done()]
+            tickets = [item for item in waiting if isinstance(item, Ticket)]
+            if any(item is _CHANGED for item in waiting):
+                tickets += self._waiting
+                self._waiting = []
+            tickets = [ticket for ticket in tickets if not ticket.done()]
             if tickets:
                 self._send(tickets)
             for cancel in [item for item in waiting if isinstance(item, Cancel)]:
@@ -155,65 +170,80 @@ class Exchange:
 
     def _send(self, tickets: list[Ticket]) -> None:
         try:
-            if not self._workers:
-                self._workers = frozenset(nthreads(self._client, self._wait_s))
+            if time.monotonic() - self._asked > _LOOK_EVERY_S:
+                self._note_workers()
             # Before they run, or their starts would be missed.
             self._hear_of_starts(tickets)
-            sent = {ticket: data for ticket in tickets if (data := self._data_for(ticket)) is not None}
-            self._in_flight |= {ticket.key: ticket for ticket in sent}
-            futures = self._client.map(
-                _run,
-                [ticket.wire for ticket in sent],
-                list(sent.values()),
-                [ticket.key if ticket.timeout_s else None for ticket in sent],
-                key=[ticket.key for ticket in sent],
-                remote_objects=dict(self._remote_objects),
-                origin=self._origin,
-                topic=self._topic,
-                pure=False,
-            )
+            for workers, batches in self._sorted_by_workers(tickets).items():
+                self._send_to(workers, batches)
         except Exception as error:
             for ticket in tickets:
                 self._end(ticket, None, self._cut_off(error))
             return
-        for ticket, future in zip(sent, futures, strict=True):
-            ticket.dask_future = future
-            future.add_done_callback(functools.partial(_note_done, self._done, ticket))
         # The collector may be waiting for ever, because nothing was in flight.
         self._done.put(None)
+
+    def _sorted_by_workers(self, tickets: list[Ticket]) -> dict[frozenset[str] | None, list[Ticket]]:
+        """Return batches by the workers that have their data, None for all; those whose data has to come first wait."""
+        sorted_ = defaultdict(list)
+        if any(ticket.payload.residents for ticket in tickets):
+            self._places.look(self._workers)
+        for ticket in tickets:
+            try:
+                workers = self._places.workers_for(ticket.payload.residents) if ticket.payload.residents else None
+            except ClusterLostError as error:
+                self._end(ticket, None, self._why_not_there(ticket) or error)
+                continue
+            self._in_flight[ticket.key] = ticket
+            ticket.workers = workers
+            if workers is None or self._n_restricted() < sum(self._nthreads.get(worker, 0) for worker in workers):
+                ticket.is_sent = True
+                sorted_[workers].append(ticket)
+            else:
+                self._waiting.append(ticket)
+        return sorted_
+
+    def _n_restricted(self) -> int:
+        """Return how many batches were sent to those workers only that have their data already.
+
+        No more than those can run at once: what is sent ahead to them could not go to others that have it soon.
+        """
+        return sum(ticket.is_sent and ticket.workers is not None for ticket in list(self._in_flight.values()))
+
+    def _send_to(self, workers: frozenset[str] | None, tickets: list[Ticket]) -> None:
+        futures = self._client.map(
+            _run,
+            [ticket.wire for ticket in tickets],
+            [ticket.key if ticket.timeout_s else None for ticket in tickets],
+            key=[ticket.key for ticket in tickets],
+            workers=None if workers is None else list(workers),
+            remote_objects=dict(self._remote_objects),
+            origin=self._origin,
+            topic=self._topic,
+            pure=False,
+        )
+        for ticket, future in zip(tickets, futures, strict=True):
+            ticket.dask_future = future
+            future.add_done_callback(functools.partial(_note_done, self._done, ticket))
 
     def _hear_of_starts(self, tickets: list[Ticket]) -> None:
         if not self._is_told_of_starts and any(ticket.timeout_s for ticket in tickets):
             self._client.subscribe_topic(self._topic, self._note_start)
             self._is_told_of_starts = True
 
-    def _data_for(self, ticket: Ticket) -> dict[str, tuple[bytes, Any]] | None:
-        """Return the residents of a batch as Dask data, by path, if workers cannot read the files.
-
-        None if they are gone here, too; then the ticket has ended.
-        """
-        if not self._needs_data.is_set():
-            return {}
-        try:
-            return {resident.path: (resident.digest, self._scatter(resident)) for resident in ticket.payload.residents}
-        except DataLostError as error:
-            ticket.end(None, error)
-            return None
-
-    def _scatter(self, resident: Resident) -> Any:
-        known = self._scattered.get(resident)
-        if known is None or known.status in ("lost", "cancelled", "error"):
-            content = np.frombuffer(map_buffer(resident.ref()), np.uint8)
-            # hash=False: a content hash of dask's own would read all bytes again; ours is the address already.
-            known = self._client.scatter(content, hash=False, timeout=self._wait_s)
-            self._scattered[resident] = known
-        return known
+    def _why_not_there(self, ticket: Ticket) -> DataLostError | None:
+        """Return the error for a batch whose data is gone here, too; None if it is not."""
+        for resident in ticket.payload.residents:
+            if not resident.is_there():
+                return DataLostError(errno.ENOENT, "The file of a resident is gone; was it deleted?", resident.path)
+        return None
 
     def _cancel(self, cancel: Cancel) -> None:
         futures = [*cancel.futures, *(ticket.dask_future for ticket in cancel.tickets)]
         futures = [future for future in futures if future is not None]
         for ticket in cancel.tickets:
             self._in_flight.pop(ticket.key, None)
+        self._waiting = [ticket for ticket in self._waiting if not ticket.done()]
         if not futures:
             return
         with contextlib.suppress(Exception):  # the cluster may be gone; then there is nothing to cancel
@@ -239,6 +269,8 @@ class Exchange:
                 # Never silently: somebody waits for every batch.
                 _log.debug("The collector of a Dask connection failed", exc_info=True)
                 self._end_all(self._cut_off(error))
+        # What is still under way leads back here by its callback.
+        self._fetches = []
 
     def _turn(self) -> None:
         wait_s = self._seconds_to_next_look()
@@ -277,33 +309,52 @@ class Exchange:
         self._fetches = [fetch for fetch in self._fetches if fetch not in fetched]
         for fetch in fetched:
             self._take(fetch)
+        # Some may have ended meanwhile, with their call or with the cluster.
+        self._to_fetch = [ticket for ticket in self._to_fetch if not ticket.done()]
         now = time.monotonic()
-        if self._fetches and now < self._fetches[-1].since + _FETCH_ALONE_S:
-            return
-        # Some may have ended meanwhile, with the cluster.
-        tickets, self._to_fetch = [ticket for ticket in self._to_fetch if ticket.dask_future is not None], []
-        if tickets:
-            outcomes = start_gather(self._client, {ticket.key: ticket.dask_future for ticket in tickets})
+        if self._to_fetch and now >= self._next_fetch():
+            tickets, self._to_fetch = self._to_fetch, []
+            outcomes = start_gather(self._client, [ticket.key for ticket in tickets])
             self._fetches.append(_Fetch(tickets, outcomes, now, self._workers))
             outcomes.add_done_callback(lambda _: self._done.put(None))
 
+    def _next_fetch(self) -> float:
+        """Return when the next fetch may start, beside those that are under way: each has a connection of its own."""
+        if len(self._fetches) >= _MOST_FETCHES:
+            return math.inf
+        return self._fetches[-1].since + _FETCH_ALONE_S if self._fetches else 0.0
+
     def _take(self, fetched: _Fetch) -> None:
-        failure: BaseException = WorkerLostError("The result of a batch was lost: its Dask worker died with it.")
         try:
             outcomes = fetched.outcomes.result()
         except (Exception, CancelledError) as error:
-            outcomes, failure = {}, self._cut_off(error)
+            for ticket in fetched.tickets:
+                self._end(ticket, None, self._cut_off(error))
+            return
         for ticket in fetched.tickets:
             outcome = outcomes.get(ticket.key)
             if isinstance(outcome, Missing):
-                self._needs_data.set()
-                self._send_again(ticket, "its data was missing on the worker")
+                self._miss(ticket, outcome)
+            elif outcome is None:
+                # No try of the batch: it had ended well.
+                self._send_again(ticket, "its worker died with its outcome")
             else:
-                self._end(ticket, outcome, None if outcome is not None else failure)
+                self._end(ticket, outcome)
+
+    def _miss(self, ticket: Ticket, missing: Missing) -> None:
+        """Send a batch again, when a worker did not have its data; if that is gone here, too, it ends."""
+        gone = self._why_not_there(ticket)
+        if gone is not None:
+            self._end(ticket, None, gone)
+            return
+        self._places.refute(missing, ticket.payload.residents)
+        self._send_again(ticket, "its data was missing on the worker")
 
     def _end(self, ticket: Ticket, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
         self._in_flight.pop(ticket.key, None)
         ticket.end(outcome, error)
+        if ticket.workers is not None:
+            self._outbox.put(_CHANGED)
 
     def _was_cancelled(self, ticket: Ticket) -> None:
         """Find out why a task is gone that we did not cancel."""
@@ -328,7 +379,7 @@ class Exchange:
             )
             return
         ticket.n_resent += 1
-        ticket.dask_future, ticket.started = None, None
+        ticket.dask_future, ticket.started, ticket.is_sent = None, None, False
         self._outbox.put(ticket)
 
     def _cut_off(self, cause: BaseException | None) -> BaseException:
@@ -348,8 +399,8 @@ class Exchange:
             return None
         now = time.monotonic()
         due = [t.started[0] + t.timeout_s for t in list(self._in_flight.values()) if t.started and t.timeout_s]
-        if self._to_fetch and self._fetches:
-            due.append(self._fetches[-1].since + _FETCH_ALONE_S)
+        if self._to_fetch:
+            due.append(self._next_fetch())
         return max(0.0, min(self._looked + _LOOK_EVERY_S, *due, now + _LOOK_EVERY_S) - now)
 
     def _look_after_rest(self) -> None:
@@ -373,15 +424,14 @@ class Exchange:
             error = self._cut_off(None)
         else:
             try:
-                self._workers = frozenset(nthreads(self._client, self._wait_s))
+                self._note_workers()
             except ClusterUnavailableError as problem:
                 error = self._cut_off(problem)
             else:
                 now = time.monotonic()
                 self._had_workers = now if self._workers else self._had_workers
                 for ticket in list(self._in_flight.values()):
-                    if ticket.started is not None and ticket.started[1] not in self._workers:
-                        ticket.started = None
+                    self._note_departures(ticket)
                 self._give_up_slow_fetches(now)
                 if now - self._had_workers > self._wait_s:
                     error = ClusterLostError(
@@ -390,6 +440,18 @@ class Exchange:
                     )
         if error is not None:
             self._end_all(error)
+
+    def _note_workers(self) -> None:
+        self._nthreads = nthreads(self._client, self._wait_s)
+        self._workers, self._asked = frozenset(self._nthreads), time.monotonic()
+
+    def _note_departures(self, ticket: Ticket) -> None:
+        if ticket.started is not None and ticket.started[1] not in self._workers:
+            ticket.started = None
+        if ticket.dask_future is not None and ticket.workers is not None and not ticket.workers & self._workers:
+            # All that it may run on are gone: Dask would keep it for them.
+            self._outbox.put(Cancel([], [ticket.dask_future]))
+            self._send_again(ticket, "all workers that had its data have left")
 
     def _give_up_slow_fetches(self, now: float) -> None:
         """Send batches again whose outcomes may be on a worker that is gone: Dask tries 30 s to reach it."""
@@ -403,6 +465,7 @@ class Exchange:
     def _end_all(self, error: BaseException) -> None:
         for fetch in self._fetches:
             fetch.outcomes.cancel()
+        self._fetches = []
         tickets = list(self._in_flight.values())
         self._outbox.put(Cancel([], [ticket.dask_future for ticket in tickets]))
         for ticket in tickets:
@@ -437,9 +500,9 @@ def _drain(waiting: queue.SimpleQueue[Any]) -> list[Any]:
 # ---- on a worker
 
 
-def _run(wire: Wire, data: Any, watched: str | None, *, remote_objects: Any, origin: str, topic: str) -> Any:
+def _run(wire: Wire, watched: str | None, *, remote_objects: Any, origin: str, topic: str) -> Any:
     """Run a batch; say first that it starts, if its time is limited."""
+    worker = distributed.get_worker()
     if watched is not None:
-        worker = distributed.get_worker()
         worker.log_event(topic, (watched, worker.address))
-    return run_remotely(wire, data, remote_objects, origin)
+    return run_remotely(wire, remote_objects, origin, worker.address)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import time
 from concurrent.futures import CancelledError
 from typing import Any, Final
 
@@ -30,10 +30,9 @@ def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None
     the cluster, or what is queued there would wait for ever.
     """
     try:
-        # First, or the scheduler would run it anew elsewhere, unwatched. What follows goes another way than the
-        # cancellation and overtakes it, so the scheduler is asked until it has forgotten the task.
+        # First, or the scheduler would run it anew elsewhere, unwatched.
         client.cancel([future])
-        client.run_on_scheduler(_wait_until_forgotten, key=future.key)
+        _wait_until_cancelled(client, future.key, address)
         # Not scheduler_info(), which answers with what the last of several questions was about.
         worker = client.sync(client.scheduler.identity)["workers"][address]
         if worker.get("nanny"):
@@ -44,12 +43,15 @@ def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None
         _log.debug("The worker %s with a task that ran too long was not restarted: %s", address, error)
 
 
-async def _wait_until_forgotten(dask_scheduler: Any, key: str) -> None:
-    """Return when the scheduler has no task of that key, or after some seconds. Runs in the scheduler."""
+def _wait_until_cancelled(client: Any, key: str, address: str) -> None:
+    """Return when the scheduler has taken a task from its worker, or after some seconds.
+
+    What is done to the worker goes another way than the cancellation, and overtakes it.
+    """
     for _ in range(_LOOKS):
-        if key not in dask_scheduler.tasks:
+        if key not in client.processing(workers=[address]).get(address, ()):
             return
-        await asyncio.sleep(_LOOK_S)
+        time.sleep(_LOOK_S)
 
 
 async def _remove_worker(dask_scheduler: Any, address: str) -> None:

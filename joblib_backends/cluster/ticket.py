@@ -38,6 +38,10 @@ class Ticket(Future[PackedOutcome]):
         self.timeout_s = timeout_s
         self.n_resent = 0
         self.dask_future: Any = None
+        #: Where it may run; None for everywhere.
+        self.workers: frozenset[str] | None = None
+        #: Whether it is on the cluster, and does not wait for its data to be there.
+        self.is_sent = False
         #: When a worker was seen to start it, and which.
         self.started: tuple[float, str] | None = None
         self._key = f"{re.sub(r'[^A-Za-z0-9_.<>]', '_', name)}-{uuid.uuid4().hex}"

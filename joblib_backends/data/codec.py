@@ -17,7 +17,6 @@ Who runs where: :class:`Encoder` in the parent, in whichever thread submits; :fu
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,8 +45,8 @@ __all__ = [
     "RemoteReference",
     "Wire",
     "describe",
+    "files_of",
     "load",
-    "missing_files",
     "moved_files",
     "pickle_initializer",
     "resolving",
@@ -276,20 +275,19 @@ def _resolve(key: str) -> Any:
     return load(*pickling.dump(objects[key]))
 
 
-def missing_files(wire: Wire) -> list[str]:
-    """Return the files of residents that this process cannot read."""
-    paths = {BufferRef(*ref).path for _, refs in (*wire[0], *wire[1]) for ref in refs}
-    return [path for path in paths if not os.access(path, os.R_OK)]
+def files_of(wire: Wire) -> set[str]:
+    """Return the files of residents that a batch needs."""
+    return {BufferRef(*ref).path for _, refs in (*wire[0], *wire[1]) for ref in refs}
 
 
-def moved_files(wire: Wire, moved: Mapping[str, BufferRef]) -> Wire:
+def moved_files(wire: Wire, moved: Mapping[str, str]) -> Wire:
     """Return ``wire`` with the files of ``moved`` in the places where this machine has them."""
-    return (_moved(wire[0], moved), _moved(wire[1], moved), *wire[2:])
+    return (_moved(wire[0], moved), _moved(wire[1], moved), *wire[2:]) if moved else wire
 
 
-def _moved(pickles: list[Pickle], moved: Mapping[str, BufferRef]) -> list[Pickle]:
+def _moved(pickles: list[Pickle], moved: Mapping[str, str]) -> list[Pickle]:
     return [
-        (stream, [ref._replace(path=moved[ref.path].path) if ref.path in moved else ref for ref in refs])
+        (stream, [ref._replace(path=moved[ref.path]) if ref.path in moved else ref for ref in refs])
         for stream, refs in pickles
     ]
 

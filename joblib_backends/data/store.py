@@ -22,10 +22,10 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import xxhash
 
@@ -38,6 +38,7 @@ except ImportError:  # Windows has no flock; folders are then removed at exit on
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "Arriving",
     "BufferRef",
     "Resident",
     "Store",
@@ -56,6 +57,8 @@ _SHARED_MEMORY: Final = Path("/dev/shm")
 #: Bytes below which copying from the file is faster than mapping it: one page fault costs about a 4 KiB copy,
 #: a mapping two system calls more (benchmarks/run.py, row "search twice", with small y).
 _COPY_BELOW: Final = 65_536
+
+_T = TypeVar("_T")
 
 #: Names the folders of one user; Windows has no user numbers and a temporary folder per user.
 _USER: Final = os.getuid() if hasattr(os, "getuid") else 0
@@ -146,6 +149,40 @@ def map_buffer(ref: BufferRef) -> memoryview:
         return memoryview(mapped)[delta:]
 
 
+class Arriving:
+    """A file of the store that is being filled; as a context manager it is deleted at the end unless it is kept."""
+
+    def __init__(self, path: str, fd: int, nbytes: int) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        self._finalizer = weakref.finalize(self, _close_and_remove, path, fd, os.getpid())
+        self._finalizer.atexit = False
+        self._fd = fd
+
+    def __enter__(self) -> Arriving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def __repr__(self) -> str:
+        return f"<Arriving {self.nbytes} B in {self.path}>"
+
+    def write(self, buffer: memoryview) -> None:
+        """Add the next part."""
+        write_all(self._fd, buffer)
+
+    def keep(self) -> str:
+        """Close the file and return its path; from now on it is the caller's to delete."""
+        if self._finalizer.detach() is not None:
+            os.close(self._fd)
+        return self.path
+
+    def drop(self) -> None:
+        """Delete the file, unless it was kept."""
+        self._finalizer()
+
+
 @dataclass(frozen=True)
 class _Region:
     """Memory of this process whose content was placed: a view inside it can be sent by its offset."""
@@ -233,11 +270,27 @@ class Store:
         StoreError
             If no place has room.
         """
-        resident = Resident(self._write(buffer, folder), buffer.nbytes, digest, shared=shared)
+
+        def write_in(place: str) -> str:
+            with self._start_in(place, buffer.nbytes) as arriving:
+                arriving.write(buffer)
+                return arriving.keep()
+
+        resident = Resident(self._in_first_place(folder, buffer.nbytes, write_in), buffer.nbytes, digest, shared=shared)
         if not shared:
             self._residents[digest] = resident
             self._sizes_seen.add(buffer.nbytes)
         return resident
+
+    def start(self, nbytes: int, *, folder: str | None = None) -> Arriving:
+        """Return a file with room for content that arrives in parts; as in ``put``, but nobody finds it by content.
+
+        Raises
+        ------
+        StoreError
+            If no place has room.
+        """
+        return self._in_first_place(folder, nbytes, lambda place: self._start_in(place, nbytes))
 
     def remember_region(self, address: int, resident: Resident) -> None:
         """Note that this process' memory at ``address`` held the resident's content when it was placed.
@@ -294,30 +347,29 @@ class Store:
             for folder in folders.values():
                 folder.remove()
 
-    def _write(self, buffer: memoryview, folder: str | None) -> str:
+    def _in_first_place(self, folder: str | None, nbytes: int, attempt: Callable[[str], _T]) -> _T:
+        """Return what ``attempt`` returns for the best place where it does not fail."""
         problems = []
         for place in _places(folder):
             try:
-                return self._write_in(place, buffer)
+                return attempt(place)
             except OSError as error:
                 problems.append(f"{place}: {error.strerror or error}")
         raise StoreError(
             errno.ENOSPC,
-            f"No place has room for a buffer of {buffer.nbytes} bytes ({'; '.join(problems)}). "
+            f"No place has room for a buffer of {nbytes} bytes ({'; '.join(problems)}). "
             "Give a folder with more space as temp_folder, or make /dev/shm larger.",
         )
 
-    def _write_in(self, place: str, buffer: memoryview) -> str:
+    def _start_in(self, place: str, nbytes: int) -> Arriving:
         path, fd = self._open_new(place)
+        arriving = Arriving(path, fd, nbytes)
         try:
-            reserve(fd, buffer.nbytes)
-            write_all(fd, buffer)
+            reserve(fd, nbytes)
         except BaseException:
-            os.unlink(path)
+            arriving.drop()
             raise
-        finally:
-            os.close(fd)
-        return path
+        return arriving
 
     def _open_new(self, place: str) -> tuple[str, int]:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
@@ -426,6 +478,12 @@ def write_all(fd: int, buffer: memoryview) -> None:
     written = 0
     while written < buffer.nbytes:
         written += os.write(fd, buffer[written:])
+
+
+def _close_and_remove(path: str, fd: int, pid: int) -> None:
+    # A forked child has a descriptor of its own, which it may close.
+    os.close(fd)
+    _remove_file(path, pid)
 
 
 def _remove_file(path: str, pid: int) -> None:

@@ -43,8 +43,6 @@ class PoolCore:
         self._over: deque[CallQueue] = deque()
         self._collector: Collector | None = None
         self._starter = Starter()
-        # It counts kills from now on.
-        MemoryWatch.shared()
 
     def __repr__(self) -> str:
         return f"<WorkerPool {self.n_workers} workers, {len(self._roster.calls)} calls>"
@@ -98,6 +96,8 @@ class PoolCore:
             return []
         # First: without descriptors or threads there is none, and what was noted would be waited for.
         self._running_collector()
+        if not self.n_workers:
+            MemoryWatch.shared().forget_kills()
         return self._starter.note(n, is_cold=not self.n_workers)
 
     def _running_collector(self) -> Collector:
@@ -181,11 +181,13 @@ class PoolCore:
         """Fail what a dead worker ran, and have it replaced while there is work."""
         with self._held() as done:
             running = self._roster.remove(member)
-            if running is not None:
-                if end.code == _KILLED and MemoryWatch.shared().has_killed():
-                    # Before it kills the next: a task that takes long to fill its memory starts while there is some.
+            # Asked about each, or what became of an idle one would be said of the next.
+            if end.code == _KILLED and not member.is_doomed and MemoryWatch.shared().has_killed():
+                end = end._replace(how=f"{end.how}, probably by the kernel because memory had run out")
+                if running is not None:
+                    # Or the next one would be: a task that takes long to fill its memory starts while there is some.
                     running.queue.run_fewer()
-                    end = end._replace(how=f"{end.how} by the kernel, because memory had run out")
+            if running is not None:
                 done += lost([running], end, n_deaths=1)
             if not member.is_ready and not member.is_doomed and self._starter.is_stillborn(member, end):
                 why = f"new worker processes ended before they could take a batch: {end.how}"

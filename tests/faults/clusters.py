@@ -352,12 +352,6 @@ def tasks_known_to(dask_scheduler):
     return [str(key) for key in dask_scheduler.tasks]
 
 
-def only_copies_in(dask_scheduler):
-    """Return the names of the workers that alone hold some large piece of data; runs in the scheduler."""
-    holders = [task.who_has for task in dask_scheduler.tasks.values() if task.nbytes > 1_000_000 and task.who_has]
-    return [worker.name for (worker,) in (tuple(held) for held in holders if len(held) == 1)]
-
-
 def _children(process):
     try:
         return process.children(recursive=True)

@@ -15,7 +15,6 @@ import threading
 import time
 import warnings
 
-import clusters
 import numpy as np
 import psutil
 import pytest
@@ -194,13 +193,17 @@ class Killer(threading.Thread):
         self._cluster, self._n_kills, self._random = cluster, n_kills, random.Random(seed)
         self._over = threading.Event()
         self.n_killed = 0
+        self.problem = None
 
     def run(self):
         alive = list(self._cluster.workers)
-        while self.n_killed < self._n_kills and not self._over.wait(self._random.uniform(0.0, 0.1)):
-            kill(alive.pop(self._random.randrange(len(alive))))
-            self.n_killed += 1
-            alive.append(self._cluster.add_worker())
+        try:
+            while self.n_killed < self._n_kills and not self._over.wait(self._random.uniform(0.0, 0.1)):
+                kill(alive.pop(self._random.randrange(len(alive))))
+                self.n_killed += 1
+                alive.append(self._cluster.add_worker())
+        except BaseException as problem:
+            self.problem = problem
 
     def __enter__(self):
         self.start()
@@ -209,18 +212,22 @@ class Killer(threading.Thread):
     def __exit__(self, *_):
         self._over.set()
         self.join(LONG)
+        if self.problem is not None:
+            raise self.problem
 
 
 def test_two_hundred_kills_change_nothing_but_the_time(make_cluster, tmp_path):
     cluster, n_searches = make_cluster(6), 0
     expected = scores(Step(), n_jobs=1, candidates=list(range(100)))
     with hybrid(cluster, n_jobs=4, fallback=False, wait_for_workers=LONG), Killer(cluster, 200, seed=0) as killer:
-        while killer.n_killed < 200:
+        while killer.is_alive():
             step = Step(folder=str(tmp_path), seconds=0.05)
             assert scores(step, candidates=list(range(100)), error_score="raise") == expected
             n_searches += 1
+            assert last_report().tier == "dask"
+    assert killer.n_killed == 200
     # What ran on a worker is lost with it, and what had ended there and was not fetched yet (6 of 206 here).
-    assert len(started(tmp_path)) <= n_searches * 300 + 2 * killer.n_killed
+    assert n_searches * 300 + 20 < len(started(tmp_path)) <= n_searches * 300 + 2 * killer.n_killed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -431,23 +438,20 @@ def test_twenty_lost_clusters_leave_no_descriptor(make_cluster, tmp_path):
 # ---- data
 
 
-def test_the_only_copy_of_scattered_data_dies_with_its_worker(make_cluster, tmp_path):
+def test_a_worker_dies_that_keeps_a_copy_of_the_data_on_its_host(make_cluster, tmp_path):
     cluster = make_cluster(3, private_shm=True)
     data = np.arange(400_000, dtype=float)
-    with cluster.client() as inspector:
 
-        def holders():
-            return inspector.run_on_scheduler(clusters.only_copies_in)
+    def blow():
+        kill(cluster.workers[0])
+        cluster.add_worker(private_shm=True)
+        go(tmp_path)
 
-        def blow():
-            kill(cluster.workers[int(holders()[0])])
-            go(tmp_path)
-
-        tasks = [delayed(total)(data, i, str(tmp_path)) for i in range(12)]
-        # Nobody ends before the blow, so that one worker alone has the data for a while: its tasks hold the others'.
-        with hybrid(cluster, n_jobs=3, fallback=False), striking(lambda: bool(holders()), blow):
-            assert Parallel(batch_size=1)(tasks) == [data.sum() + i for i in range(12)]
-            assert last_report().tier == "dask"
+    tasks = [delayed(total)(data, i, str(tmp_path)) for i in range(12)]
+    # Nobody ends before the blow: all three have the data then, and what comes in the place of one has it not.
+    with hybrid(cluster, n_jobs=3, fallback=False), striking(has_started(tmp_path, 3), blow):
+        assert Parallel(batch_size=1)(tasks) == [data.sum() + i for i in range(12)]
+        assert last_report().tier == "dask"
 
 
 def test_workers_that_cannot_map_the_files_get_the_data(make_cluster, tmp_path):

@@ -554,6 +554,9 @@ def memory_group():
         group.mkdir()
         (group / limit).write_text(str(420 << 20))
     except OSError as error:
+        # Also where a group of the second version has processes and must not limit those below it.
+        with contextlib.suppress(OSError):
+            group.rmdir()
         pytest.skip(f"control groups for memory are not permitted here: {error}")
     try:
         yield group
@@ -572,7 +575,7 @@ IN_LITTLE_MEMORY = """
             print(found == list(range(n)))
             print(joblib_backends.last_report().lost_workers)
         except joblib_backends.WorkerLostError as error:
-            print("because memory had run out" in str(error))
+            print("probably by the kernel because memory had run out" in str(error))
 """
 
 

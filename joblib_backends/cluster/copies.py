@@ -1,0 +1,116 @@
+"""What runs in Dask workers to have a copy of a buffer on their host. Called by ``spread.py``, in the client.
+
+::
+
+    from the client:  open_copy ── write_part, write_part, ... ── (one worker; each part came by ``Client.scatter``)
+    from a worker:    fetch_copy: reads the file on another worker's host, part by part, over the workers' connection
+
+A copy is a file of the store of one worker process, where all workers of its host can map it. It lives as long as the
+Dask task that made it is in that worker's memory, which is as long as the client wants it: if the client dies, Dask
+itself forgets the task. What the task returns is only where the file is, so it costs the worker's memory nothing, and
+it does no harm if Dask writes it to disk.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Hashable
+from typing import Any, ClassVar, Final, NamedTuple
+
+import distributed
+
+from ..data.store import Arriving, default_store
+
+__all__ = ["PART_NBYTES", "Copy", "KeepCopies", "fetch_copy", "open_copy", "write_part"]
+
+#: Bytes that travel at a time: few enough to be no matter in the memory of a worker or of the scheduler, enough to make
+#: the round trip no matter for the time. At 50 ms and 10 Gbit/s a part takes 50 ms to ask for and 13 ms to come.
+PART_NBYTES: Final = 1 << 24
+
+#: Seconds in which a part must have come from another worker; then that worker, or the way to it, is taken for lost.
+_PART_S: Final = 30.0
+
+
+class Copy(NamedTuple):
+    """Where a copy is: in the file ``path``, which the worker at ``address`` keeps."""
+
+    address: str
+    path: str
+
+
+class KeepCopies(distributed.WorkerPlugin):
+    """Keeps the files of copies for as long as their worker has the tasks that made them."""
+
+    name = "joblib_backends-copies"
+    idempotent = True
+
+    #: Of this process, which may be several workers'. By worker and key.
+    kept: ClassVar[dict[tuple[str, Hashable], Arriving]] = {}
+
+    def setup(self, worker: Any) -> None:
+        """Remember whose tasks these are."""
+        self._worker = worker
+
+    def transition(self, key: Hashable, start: str, finish: str, **kwargs: Any) -> None:
+        """Delete a copy whose task is forgotten."""
+        if finish in ("released", "forgotten") and self.kept:
+            self.kept.pop((self._worker.address, key), None)
+
+    def teardown(self, worker: Any) -> None:
+        """Delete the copies of a worker that ends."""
+        for address, key in list(self.kept):
+            if address == worker.address:
+                self.kept.pop((address, key), None)
+
+
+def open_copy(nbytes: int) -> Copy:
+    """Make room for a copy of so many bytes. The task whose end is that of the copy."""
+    worker, key = _this_task()
+    arriving = KeepCopies.kept[worker.address, key] = default_store().start(nbytes)
+    return Copy(worker.address, arriving.path)
+
+
+def write_part(key: str, part: Any) -> None:
+    """Add bytes to a copy of this worker, by the key of the task that opened it."""
+    KeepCopies.kept[distributed.get_worker().address, key].write(memoryview(part))
+
+
+def fetch_copy(nbytes: int, source: Copy) -> Copy:
+    """Make a copy of another worker's. The task whose end is that of the copy."""
+    worker, key = _this_task()
+    arriving = default_store().start(nbytes)
+    for offset in range(0, nbytes, PART_NBYTES):
+        arriving.write(memoryview(_ask_for_part(worker, source, offset, min(PART_NBYTES, nbytes - offset))))
+    KeepCopies.kept[worker.address, key] = arriving
+    return Copy(worker.address, arriving.path)
+
+
+def _this_task() -> tuple[Any, Hashable]:
+    worker = distributed.get_worker()
+    return worker, worker.get_current_task()
+
+
+def _ask_for_part(worker: Any, source: Copy, offset: int, nbytes: int) -> Any:
+    # The workers' own connections, with their certificates. Not data of Dask's: each process of a host would have it.
+    request = {"function": pickle.dumps(_read_part), "args": pickle.dumps((source.path, offset, nbytes))}
+
+    async def ask() -> Any:
+        return await worker.rpc(source.address).run(**request)
+
+    answer = distributed.utils.sync(worker.loop, ask, callback_timeout=_PART_S)
+    if answer["status"] != "OK":
+        raise OSError(f"The worker {source.address} has no such part of {source.path}: {answer['exception']}")
+    return answer["result"]
+
+
+def _read_part(path: str, offset: int, nbytes: int) -> bytes:
+    """Return bytes of a file; runs in the event loop of the worker that has it, so it reads and does not map."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        part = os.pread(descriptor, nbytes, offset)
+    finally:
+        os.close(descriptor)
+    if len(part) != nbytes:
+        raise EOFError(f"{path} has fewer than {offset + nbytes} bytes")
+    return part
