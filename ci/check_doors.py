@@ -156,7 +156,14 @@ RULES = (
     ),
     Door(
         "Dask",
-        ("cluster/client.py", "cluster/losses.py", "cluster/copies.py", "cluster/exchange.py", "tiers/dask.py"),
+        (
+            "cluster/accounting.py",
+            "cluster/client.py",
+            "cluster/losses.py",
+            "cluster/copies.py",
+            "cluster/exchange.py",
+            "tiers/dask.py",
+        ),
         imports_of("dask", "distributed"),
     ),
     # What a worker takes over from its parent is the environment itself, not what it says about us.

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("worker.py",),
     ("remote.py",),
     ("cluster/__init__.py", "cluster/client.py", "cluster/ticket.py", "cluster/losses.py"),
-    ("cluster/copies.py",),
+    ("cluster/copies.py", "cluster/accounting.py"),
     ("cluster/spread.py",),
     ("cluster/places.py",),
     ("cluster/exchange.py",),

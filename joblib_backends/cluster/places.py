@@ -18,6 +18,7 @@ from typing import Any, Final
 from ..data.store import Resident
 from ..errors import ClusterLostError
 from ..remote import Missing, note_copies, place_of_this_process
+from .accounting import CountOwnMemory, CountOwnMemoryOfWorker
 from .client import GONE, run_on_workers
 from .copies import KeepCopies
 from .spread import Spread
@@ -49,13 +50,14 @@ class Places:
         self._place_of: dict[str, str] = {}
         self._alive: frozenset[str] = frozenset()
         self._spreads: weakref.WeakKeyDictionary[Resident, Spread] = weakref.WeakKeyDictionary()
-        self._is_keeping = False
+        self._is_prepared = False
 
     def __repr__(self) -> str:
         return f"<Places of {len(self._place_of)} workers: {len(set(self._place_of.values()))}>"
 
     def look(self, workers: frozenset[str]) -> None:
         """Note which workers there are, and ask those that are new where they find files."""
+        self._prepare_workers()
         self._alive = workers
         new = workers - self._place_of.keys()
         if not new:
@@ -127,7 +129,6 @@ class Places:
         return {*own, *spread.copies}
 
     def _spread_of(self, resident: Resident) -> Spread:
-        self._keep_copies()
         spread = self._spreads.get(resident)
         if spread is None:
             spread = Spread(self._client, resident, self._workers_in, self._note_arrival, self._changed, self._own)
@@ -148,10 +149,12 @@ class Places:
         if copies:
             self._ask(note_copies, [worker], copies)
 
-    def _keep_copies(self) -> None:
-        if not self._is_keeping:
-            self._is_keeping = True
-            self._client.register_plugin(KeepCopies())
+    def _prepare_workers(self) -> None:
+        """Have the workers, and those that join later, do what the files need; once."""
+        if not self._is_prepared:
+            self._is_prepared = True
+            for plugin in (KeepCopies(), CountOwnMemory(), CountOwnMemoryOfWorker()):
+                self._client.register_plugin(plugin)
 
     def _ask(self, function: Callable[..., Any], workers: Collection[str], *args: Any) -> dict[str, Any]:
         """Return what a function returns on each of some workers; on one that does not answer in time, nothing."""
