@@ -156,7 +156,10 @@ RULES = (
     ),
     Door(
         "Dask",
-        ("cluster/client.py", "cluster/losses.py", "cluster/exchange.py", "tiers/dask.py"),
+        (
+            *("cluster/address.py", "cluster/client.py", "cluster/local_host.py"),
+            *("cluster/losses.py", "cluster/exchange.py", "tiers/dask.py"),
+        ),
         imports_of("dask", "distributed"),
     ),
     # What a worker takes over from its parent is the environment itself, not what it says about us.

@@ -44,8 +44,9 @@ from ..errors import (
 )
 from ..remote import Missing, process_identity, run_remotely
 from ..worker import PackedOutcome
-from .client import is_alive, nthreads, start_gather
+from .client import is_alive, start_gather
 from .losses import failure_of, replace_worker
+from .placement import Placement
 from .ticket import Cancel, Ticket
 
 __all__ = ["Exchange"]
@@ -89,6 +90,8 @@ class Exchange:
         Dask futures of objects that are on the cluster already, by key.
     wait_s : float
         Seconds for which a cluster may be without a worker.
+    placement : Placement
+        What is asked of the workers.
     owns_client : bool
         Whether the client ends with the exchange.
     """
@@ -99,10 +102,12 @@ class Exchange:
         outbox: queue.SimpleQueue[Any],
         remote_objects: dict[str, Any],
         wait_s: float,
+        placement: Placement,
         *,
         owns_client: bool = False,
     ) -> None:
         self._client = client
+        self._placement = placement
         self._outbox = outbox
         self._remote_objects = remote_objects
         self._wait_s = wait_s
@@ -156,7 +161,7 @@ class Exchange:
     def _send(self, tickets: list[Ticket]) -> None:
         try:
             if not self._workers:
-                self._workers = frozenset(nthreads(self._client, self._wait_s))
+                self._workers = frozenset(self._placement.slots(self._client, self._wait_s))
             # Before they run, or their starts would be missed.
             self._hear_of_starts(tickets)
             sent = {ticket: data for ticket in tickets if (data := self._data_for(ticket)) is not None}
@@ -171,6 +176,7 @@ class Exchange:
                 origin=self._origin,
                 topic=self._topic,
                 pure=False,
+                **self._placement.options,
             )
         except Exception as error:
             for ticket in tickets:
@@ -373,7 +379,7 @@ class Exchange:
             error = self._cut_off(None)
         else:
             try:
-                self._workers = frozenset(nthreads(self._client, self._wait_s))
+                self._workers = frozenset(self._placement.slots(self._client, self._wait_s))
             except ClusterUnavailableError as problem:
                 error = self._cut_off(problem)
             else:
