@@ -157,12 +157,8 @@ RULES = (
     Door(
         "Dask",
         (
-            "cluster/accounting.py",
-            "cluster/client.py",
-            "cluster/losses.py",
-            "cluster/copies.py",
-            "cluster/exchange.py",
-            "tiers/dask.py",
+            *("cluster/accounting.py", "cluster/address.py", "cluster/client.py", "cluster/copies.py"),
+            *("cluster/exchange.py", "cluster/local_host.py", "cluster/losses.py", "tiers/dask.py"),
         ),
         imports_of("dask", "distributed"),
     ),

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import os
 import queue
 import sys
 import weakref
@@ -79,8 +80,18 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         buffer of at least `max_nbytes` is placed automatically; `scatter` does it for all sizes and ahead of time.
     client : distributed.Client, optional
         The Dask client to use.
-    scheduler : str, optional
-        The address of a Dask scheduler, such as ``"tcp://host:8786"``.
+    scheduler : str or path, optional
+        The Dask scheduler to use: an address such as ``"tcp://host:8786"`` or ``"tls://host:8786"``, the path of a
+        scheduler file, or "local" for a cluster on this machine, started on request: one process per core with one
+        thread, shared by all calls, gone when it was idle for `idle_worker_timeout` seconds, and with this process.
+        Where ``tier="dask"`` names no cluster, the active client is used, then Dask's ``DASK_SCHEDULER_ADDRESS``.
+    workers : list of str, optional
+        Names, addresses or hosts of the Dask workers that may run tasks. By default all of them.
+    resources : dict, optional
+        What a task takes of its Dask worker's resources while it runs, such as ``{"GPU": 1}``: only workers that
+        were started with as much run tasks, as many at once as there is room for.
+    priority : float, default=0
+        Which tasks come first on a Dask cluster that several programs use: those with the higher number.
     inner_max_num_threads : int, optional
         Threads of BLAS and OpenMP in each task. By default each task gets its share of the cores.
     initializer : callable, optional
@@ -104,7 +115,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         File in which the results of finished tasks are kept. The same script, run again, runs only what is not there.
         One file may serve many calls, and several processes at a time.
     idle_worker_timeout : float, default=300.0
-        Seconds after which an idle process worker ends.
+        Seconds after which an idle process worker ends, and the cluster of ``scheduler="local"``.
     share_fits : bool, default=True
         Whether the common first steps of pipelines are fitted once for all candidates of a search (GridSearchCV and
         others that use scikit-learn's own function to fit and score), with the same results. A step with
@@ -155,7 +166,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         *,
         scatter: list[Any] | None = None,
         client: Any = None,
-        scheduler: str | None = None,
+        scheduler: str | os.PathLike[str] | None = None,
         inner_max_num_threads: int | None = None,
         nesting_level: int | None = None,
         **options: Any,
@@ -269,6 +280,10 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         if n_jobs != 1:
             self._leave_missing_cluster()
         workers = self.effective_n_jobs(n_jobs)
+        if n_jobs == -1 and workers == 1 and choose_tier(self._facts).tier == "dask":
+            # joblib runs a single job in this process, but a cluster of one slot may have what its tasks need, or grow.
+            # Of two batches that are there, Dask runs one at a time.
+            workers = 2
         if workers == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
         self._nested = (self._make_nested(workers), None)
@@ -528,7 +543,7 @@ def _reason_for_cluster(config: Config, nesting_level: int | None) -> str | None
     if config.client is not None:
         return "a Dask client was given"
     if config.scheduler is not None:
-        return f"the Dask scheduler {config.scheduler} was given"
+        return f"the Dask scheduler {os.fspath(config.scheduler)} was given"
     if "distributed" in sys.modules and load_tier("dask").is_available():
         return "a Dask client is active in this process"
     return None

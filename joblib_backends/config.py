@@ -7,6 +7,7 @@ a parameter given in code wins over its ``JOBLIB_BACKEND_<PARAMETER>`` variable,
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -50,7 +51,7 @@ class Config:
     tier: str = "auto"
     scatter: tuple[Any, ...] = ()
     client: Any = None
-    scheduler: str | None = None
+    scheduler: str | os.PathLike[str] | None = None
     inner_max_num_threads: int | None = None
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
@@ -69,6 +70,15 @@ class Config:
 
     #: Whether a call goes on on this machine when its Dask cluster is gone or does not answer.
     fallback: bool = True
+
+    #: Dask only: the workers that may run tasks, by name, address or host; None is all of them.
+    workers: tuple[str | int, ...] | None = None
+
+    #: Dask only: what a task takes of its worker's resources while it runs, as {"GPU": 1}; None is nothing.
+    resources: Mapping[str, float] | None = None
+
+    #: Dask only: which of several clients' tasks come first on a cluster; higher ones do. Dask's default.
+    priority: float = 0
 
     #: TLS certificates for ``scheduler``, a ``distributed.Security``; None is what Dask's configuration says.
     security: Any = None
@@ -100,6 +110,7 @@ class Config:
             _check_tier,
             _check_scatter,
             _check_cluster,
+            _check_placement,
             _check_numbers,
             _check_initializer,
             _check_placing,
@@ -159,6 +170,14 @@ def variables_set() -> dict[str, str]:
     return {name: text for name, text in sorted(os.environ.items()) if f"{name}_".startswith(f"{PREFIX}_")}
 
 
+def environment_of_cluster() -> dict[str, str]:
+    """Return the environment for Dask processes that we start: ours, but for what makes this backend their default.
+
+    A task that calls joblib has its place already; a worker must not make a cluster of its own.
+    """
+    return {name: text for name, text in os.environ.items() if name not in variables_set()}
+
+
 def max_cpu_count_variable() -> str | None:
     """Return loky's ``LOKY_MAX_CPU_COUNT``, which caps the count of cores."""
     return os.environ.get("LOKY_MAX_CPU_COUNT")
@@ -211,10 +230,22 @@ def _yes_or_no(text: str) -> bool:
     return text.lower() in _YES
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _amounts(text: str) -> dict[str, float]:
+    pairs = (pair.partition("=") for pair in _names(text))
+    return {name.strip(): float(amount) for name, _, amount in pairs}
+
+
 #: Parameters that a text can express, with the way to read it and the words for what is allowed.
 _READERS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "tier": (str, "the name of a tier"),
-    "scheduler": (str, "the address of a Dask scheduler, such as tcp://host:8786"),
+    "scheduler": (str, "the address of a Dask scheduler, such as tcp://host:8786, a scheduler file, or local"),
+    "workers": (_names, "names, addresses or hosts of Dask workers, such as node1,node2"),
+    "resources": (_amounts, "amounts of resources, such as GPU=1,LICENSE=2"),
+    "priority": (float, "a number"),
     "inner_max_num_threads": (_whole_number, "a whole number of at least 1"),
     "wait_for_workers": (float, "a number of seconds"),
     "idle_worker_timeout": (float, "a number of seconds"),
@@ -280,8 +311,9 @@ def _checked_names(options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in allowed:
             raise ConfigurationError.not_one_of("A parameter of the hybrid backend", name, sorted(allowed))
     checked = dict(options)
-    if isinstance(checked.get("scatter"), list):
-        checked["scatter"] = tuple(checked["scatter"])
+    for name in ("scatter", "workers"):
+        if isinstance(checked.get(name), list):
+            checked[name] = tuple(checked[name])
     return checked
 
 
@@ -303,11 +335,47 @@ def _check_cluster(config: Config) -> None:
         raise ConfigurationError(
             f"client is {config.client!r}, but must be a distributed.Client: for an address, give it as scheduler."
         )
-    if config.scheduler is not None and not isinstance(config.scheduler, str):
+    scheduler = config.scheduler
+    if scheduler is not None and (not isinstance(scheduler, str | os.PathLike) or not os.fspath(scheduler)):
         raise ConfigurationError(
-            f"scheduler is {config.scheduler!r}, but must be an address such as 'tcp://host:8786': for a cluster "
-            "object, give client=Client(cluster)."
+            f"scheduler is {scheduler!r}, but must be an address such as 'tcp://host:8786', the path of a scheduler "
+            "file, or 'local': for a cluster object, give client=Client(cluster)."
         )
+    if scheduler == "local" and config.security is not None:
+        raise ConfigurationError(
+            f"security is {config.security!r}, but must be left out with scheduler='local', whose scheduler and "
+            "workers have no certificates: it listens on this machine only."
+        )
+
+
+def _check_placement(config: Config) -> None:
+    workers, resources, priority = config.workers, config.resources, config.priority
+    if workers is not None and not (isinstance(workers, tuple) and workers and all(map(_is_name_of_worker, workers))):
+        given = list(workers) if isinstance(workers, tuple) else workers
+        raise ConfigurationError(
+            f"workers is {given!r}, but must be a list of names, addresses or hosts of Dask workers: for a single "
+            "one, write workers=['node1']."
+        )
+    if resources is not None and not (isinstance(resources, Mapping) and resources and _are_amounts(resources)):
+        raise ConfigurationError(
+            f"resources is {resources!r}, but must be what a task takes of its worker, by name: write "
+            "resources={'GPU': 1}, and start workers with --resources 'GPU=1'."
+        )
+    if not _is_number(priority):
+        raise ConfigurationError(f"priority is {priority!r}, but must be a number: higher ones come first.")
+
+
+def _is_name_of_worker(name: object) -> bool:
+    # A LocalCluster numbers its workers.
+    return isinstance(name, str | int) and not isinstance(name, bool) and name != ""
+
+
+def _are_amounts(resources: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and name and _is_number(n) and n > 0 for name, n in resources.items())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_numbers(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ __all__ = [
     "address_and_certificates",
     "check_blocks",
     "connect",
+    "descriptions",
     "is_alive",
     "nthreads",
     "run_on_workers",
@@ -59,8 +60,8 @@ def active_client() -> Any:
     return client if client.status == "running" and not client.asynchronous else None
 
 
-def connect(config: Config, timeout_s: float) -> Any:
-    """Return a new client of the scheduler that the user has named.
+def connect(config: Config, address: str, timeout_s: float) -> Any:
+    """Return a new client of the scheduler at ``address``, which ``config`` names.
 
     Raises
     ------
@@ -69,14 +70,14 @@ def connect(config: Config, timeout_s: float) -> Any:
     ConfigurationError
         If that is no address.
     """
-    address = config.scheduler
+    source = "" if config.scheduler in (address, None) else f", which scheduler={str(config.scheduler)!r} stands for,"
     security = {} if config.security is None else {"security": config.security}
     try:
         return _Client(address, timeout=timeout_s, set_as_default=False, **security)
     except (OSError, TimeoutError) as error:
         raise ClusterUnavailableError(
-            f"No Dask scheduler answered at {address!r} within wait_for_workers={timeout_s:g} seconds: is the address "
-            "right, is the scheduler running, and if it wants TLS, does security= have the certificates?"
+            f"No Dask scheduler answered at {address!r}{source} within wait_for_workers={timeout_s:g} seconds: is the "
+            "address right, is the scheduler running, and if it wants TLS, does security= have the certificates?"
         ) from error
     except (ValueError, TypeError) as error:
         # TypeError: tls:// without a certificate.
@@ -86,12 +87,12 @@ def connect(config: Config, timeout_s: float) -> Any:
         ) from error
 
 
-def address_and_certificates(config: Config) -> tuple[str, ...]:
-    """Return what a connection to the named scheduler depends on: who has other certificates, or none, gets another."""
+def address_and_certificates(config: Config, address: str) -> tuple[str, ...]:
+    """Return what a connection to a named scheduler depends on: who has other certificates, or none, gets another."""
     given = config.security
     security = distributed.Security() if given is None else given  # type: ignore[no-untyped-call]
     certificates = security.get_tls_config_for_role("client")
-    return str(config.scheduler), str(security.require_encryption), *sorted(map(str, certificates.items()))
+    return address, str(security.require_encryption), *sorted(map(str, certificates.items()))
 
 
 def check_blocks(client: Any) -> None:
@@ -168,8 +169,28 @@ def nthreads(client: Any, timeout_s: float) -> dict[str, int]:
     ClusterUnavailableError
         If the scheduler does not answer within ``timeout_s`` seconds.
     """
-    try:
+    with _answering(client, timeout_s):
         return dict(client.sync(client.scheduler.ncores, workers=None, callback_timeout=timeout_s))
+
+
+def descriptions(client: Any, timeout_s: float) -> dict[str, Mapping[str, Any]]:
+    """Return what the scheduler knows of each worker, by address: "name", "host", "nthreads", "resources" and more.
+
+    Not ``Client.scheduler_info``, which answers with what the last of several questions was about.
+
+    Raises
+    ------
+    ClusterUnavailableError
+        If the scheduler does not answer within ``timeout_s`` seconds.
+    """
+    with _answering(client, timeout_s):
+        return dict(client.sync(client.scheduler.identity, callback_timeout=timeout_s)["workers"])
+
+
+@contextlib.contextmanager
+def _answering(client: Any, timeout_s: float) -> Iterator[None]:
+    try:
+        yield
     except (*GONE, AttributeError) as error:  # AttributeError: a client that was closed has no scheduler
         raise ClusterUnavailableError(
             f"The Dask scheduler of {client!r} did not answer within {timeout_s:g} seconds: is it still running?"

@@ -41,8 +41,9 @@ from ..errors import (
 )
 from ..remote import Missing, process_identity, run_remotely
 from ..worker import PackedOutcome
-from .client import is_alive, nthreads, start_gather
+from .client import is_alive, start_gather
 from .losses import failure_of, replace_worker
+from .placement import Placement
 from .places import Places
 from .ticket import Cancel, Ticket
 
@@ -97,6 +98,8 @@ class Exchange:
         Dask futures of objects that are on the cluster already, by key.
     wait_s : float
         Seconds for which a cluster may be without a worker.
+    placement : Placement
+        What is asked of the workers.
     owns_client : bool
         Whether the client ends with the exchange.
     """
@@ -107,10 +110,12 @@ class Exchange:
         outbox: queue.SimpleQueue[Any],
         remote_objects: dict[str, Any],
         wait_s: float,
+        placement: Placement,
         *,
         owns_client: bool = False,
     ) -> None:
         self._client = client
+        self._placement = placement
         self._outbox = outbox
         self._remote_objects = remote_objects
         self._wait_s = wait_s
@@ -211,16 +216,17 @@ class Exchange:
         return sum(ticket.is_sent and ticket.workers is not None for ticket in list(self._in_flight.values()))
 
     def _send_to(self, workers: frozenset[str] | None, tickets: list[Ticket]) -> None:
+        options = self._placement.options if workers is None else {**self._placement.options, "workers": list(workers)}
         futures = self._client.map(
             _run,
             [ticket.wire for ticket in tickets],
             [ticket.key if ticket.timeout_s else None for ticket in tickets],
             key=[ticket.key for ticket in tickets],
-            workers=None if workers is None else list(workers),
             remote_objects=dict(self._remote_objects),
             origin=self._origin,
             topic=self._topic,
             pure=False,
+            **options,
         )
         for ticket, future in zip(tickets, futures, strict=True):
             ticket.dask_future = future
@@ -442,7 +448,7 @@ class Exchange:
             self._end_all(error)
 
     def _note_workers(self) -> None:
-        self._nthreads = nthreads(self._client, self._wait_s)
+        self._nthreads = self._placement.slots(self._client, self._wait_s)
         self._workers, self._asked = frozenset(self._nthreads), time.monotonic()
 
     def _note_departures(self, ticket: Ticket) -> None:

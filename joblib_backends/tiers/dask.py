@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Final
 
@@ -19,8 +20,11 @@ import distributed
 from dask.base import is_dask_collection
 
 from ..budget import Share, explicit_limits
-from ..cluster.client import GONE, active_client, address_and_certificates, check_blocks, connect, is_alive, nthreads
+from ..cluster.address import address_of, is_named
+from ..cluster.client import GONE, active_client, address_and_certificates, check_blocks, connect, is_alive
 from ..cluster.exchange import Exchange
+from ..cluster.local import LocalCluster
+from ..cluster.placement import Placement, most_slots
 from ..cluster.ticket import Cancel, Ticket
 from ..config import Config
 from ..data.codec import RemoteReference
@@ -30,7 +34,7 @@ from .base import Tier, Work
 
 __all__ = ["DaskTier"]
 
-#: Seconds for which the number of threads of a cluster is taken as known; asking costs 2 ms, and joblib asks often.
+#: Seconds for which the number of slots of a cluster is taken as known; asking costs 2 ms, and joblib asks often.
 _CAPACITY_VALID_S: Final = 1.0
 
 #: Seconds to wait for a cluster that was found missing, within so many seconds of that: each of joblib's questions
@@ -53,14 +57,17 @@ class DaskTier(Tier):
 
     @classmethod
     def capacity(cls, config: Config) -> int:
-        """Return the threads of all workers, once there is a worker.
+        """Return how many batches the workers that match can run at once, once there is one.
+
+        That is one for each thread, fewer where a batch takes more of a resource; of a cluster that grows by itself,
+        as many as it may have.
 
         Raises
         ------
         ClusterUnavailableError
             If no scheduler answers, or it has no worker, within ``config.wait_for_workers`` seconds.
         """
-        return Connection.get(config).n_threads()
+        return Connection.get(config).n_slots()
 
     @classmethod
     def is_available(cls) -> bool:
@@ -81,8 +88,9 @@ class DaskTier(Tier):
         self._connection = Connection.get(config)
         self._n_jobs = n_jobs
         self._task_timeout = config.task_timeout
-        self._fills_cluster = n_jobs >= self._connection.n_threads()
+        self._fills_cluster = n_jobs >= self._connection.n_slots()
         self._tickets: set[Ticket] = set()
+        LocalCluster.begin(self, self._connection.client)
 
     def __repr__(self) -> str:
         return f"<DaskTier {len(self._tickets)} batches, n_jobs={self._n_jobs}, {self._connection!r}>"
@@ -124,7 +132,8 @@ class DaskTier(Tier):
         self._connection.outbox.put(Cancel(tickets))
 
     def close(self) -> None:
-        """Do nothing: the connection stays for the next call of the context."""
+        """Let a local cluster know; the connection stays for the next call of the context."""
+        LocalCluster.end(self)
 
 
 class Connection:
@@ -141,44 +150,59 @@ class Connection:
     def get(cls, config: Config) -> Connection:
         """Return the connection for the client or address that ``config`` means."""
         client = config.client if config.client is not None else None if config.scheduler else active_client()
-        if client is None and config.scheduler is None:
+        if client is None and not is_named(config):
             raise ConfigurationError(
-                "tier='dask' has no cluster: give scheduler='tcp://host:8786' or client=Client(...), or make a "
-                "distributed.Client before the call."
+                "tier='dask' has no cluster: give scheduler='tcp://host:8786' or 'local', or client=Client(...), or "
+                "make a distributed.Client before the call."
             )
-        key: object = address_and_certificates(config) if client is None else id(client)
+        placement = Placement.of(config)
+        if client is not None:
+            return cls._get((id(client), placement), config, lambda: client)
+        with cls._patient(config.scheduler, config.wait_for_workers) as wait_s:
+            address = address_of(config, wait_s)
+        key = (address_and_certificates(config, address), placement)
+        return cls._get(key, config, lambda: cls._connect(key, config, address), owns_client=True)
+
+    @classmethod
+    def _get(cls, key: object, config: Config, client: Callable[[], Any], *, owns_client: bool = False) -> Connection:
         with cls._lock:
             connection = cls._connections.get(key)
             if connection is None or not is_alive(connection.client):
-                owned = cls._connect(key, config) if client is None else None
-                connection = cls._connections[key] = cls(client or owned, config.wait_for_workers, owned is not None)
+                connection = cls(client(), config.wait_for_workers, Placement.of(config), owns_client)
+                cls._connections[key] = connection
             return connection
 
     @classmethod
-    def _connect(cls, key: object, config: Config) -> Any:
-        wait_s = cls._patience(key, config.wait_for_workers)
+    def _connect(cls, key: object, config: Config, address: str) -> Any:
+        with cls._patient(key, config.wait_for_workers) as wait_s:
+            return connect(config, address, wait_s)
+
+    @classmethod
+    @contextlib.contextmanager
+    def _patient(cls, key: object, wait_s: float) -> Iterator[float]:
+        """Give the seconds that may be waited for what ``key`` stands for, and remember whether it was missing."""
         try:
-            client = connect(config, wait_s)
+            yield cls._patience(key, wait_s)
         except ClusterUnavailableError:
             cls._missing_since[key] = time.monotonic()
             raise
         cls._missing_since.pop(key, None)
-        return client
 
     @classmethod
     def _patience(cls, key: object, wait_s: float) -> float:
         is_missing = time.monotonic() - cls._missing_since.get(key, -_MISSING_FOR_S) < _MISSING_FOR_S
         return min(wait_s, _WAIT_AGAIN_S) if is_missing else wait_s
 
-    def __init__(self, client: Any, wait_s: float, owns_client: bool) -> None:
+    def __init__(self, client: Any, wait_s: float, placement: Placement, owns_client: bool) -> None:
         check_blocks(client)
         self.client = client
+        self._placement = placement
         self.outbox: queue.SimpleQueue[Ticket | Cancel | None] = queue.SimpleQueue()
         self._wait_s = wait_s
-        self._n_threads = (0, -_CAPACITY_VALID_S)
+        self._n_slots = (0, -_CAPACITY_VALID_S)
         self._held: dict[int, tuple[Any, str]] = {}
         self._remote_objects: dict[str, Any] = {}
-        exchange = Exchange(client, self.outbox, self._remote_objects, wait_s, owns_client=owns_client)
+        exchange = Exchange(client, self.outbox, self._remote_objects, wait_s, placement, owns_client=owns_client)
         exchange.start()
         # The threads hold the exchange and not the connection, so they end with it.
         weakref.finalize(self, self.outbox.put, None).atexit = False
@@ -186,24 +210,19 @@ class Connection:
     def __repr__(self) -> str:
         return f"<Connection {self.client!r}>"
 
-    def n_threads(self) -> int:
-        """Return the threads of all workers; wait for the first one."""
-        n_threads, asked = self._n_threads
-        if n_threads and time.monotonic() - asked < _CAPACITY_VALID_S and self.client.status == "running":
-            return n_threads
-        address = self._address()
-        wait_s = self._patience(address, self._wait_s)
-        try:
-            n_threads = sum(nthreads(self.client, wait_s).values())
-            if n_threads == 0:
+    def n_slots(self) -> int:
+        """Return how many batches can run at once, on all workers that match; wait for the first one."""
+        n_slots, asked = self._n_slots
+        if n_slots and time.monotonic() - asked < _CAPACITY_VALID_S and self.client.status == "running":
+            return n_slots
+        with self._patient((self._address(), self._placement), self._wait_s) as wait_s:
+            slots = self._placement.slots(self.client, wait_s)
+            if not slots:
                 self._wait_for_a_worker(wait_s)
-                n_threads = sum(nthreads(self.client, wait_s).values())
-        except ClusterUnavailableError:
-            self._missing_since[address] = time.monotonic()
-            raise
-        self._missing_since.pop(address, None)
-        self._n_threads = (n_threads, time.monotonic())
-        return n_threads
+                slots = self._placement.slots(self.client, wait_s)
+        n_slots = most_slots(self.client, self._placement, slots)
+        self._n_slots = (n_slots, time.monotonic())
+        return n_slots
 
     def _address(self) -> str:
         # A client that was closed has none.
@@ -212,10 +231,11 @@ class Connection:
     def _wait_for_a_worker(self, wait_s: float) -> None:
         # A task, and not Client.wait_for_workers: an adaptive cluster starts workers when there is something to do.
         try:
-            self.client.submit(_nothing, pure=False).result(timeout=wait_s)
+            self.client.submit(_nothing, pure=False, **self._placement.options).result(timeout=wait_s)
         except GONE as error:
+            such = f" with {self._placement}" if str(self._placement) else ""
             raise ClusterUnavailableError(
-                f"The Dask scheduler at {self.client.scheduler.address} has had no worker for {wait_s:g} "
+                f"The Dask scheduler at {self.client.scheduler.address} has had no worker{such} for {wait_s:g} "
                 f"seconds. Start workers, or wait longer with wait_for_workers={2 * self._wait_s:g}."
             ) from error
 

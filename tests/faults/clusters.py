@@ -46,6 +46,11 @@ def started(folder):
     return sorted(path.name.partition("@")[0] for path in Path(folder).glob("*@*"))
 
 
+def pids(folder):
+    """Return the processes in which tasks have started."""
+    return {int(path.name.partition("@")[2].partition("-")[0]) for path in Path(folder).glob("*@*")}
+
+
 def start(folder, name):
     (Path(folder) / f"{name}@{os.getpid()}-{uuid.uuid4().hex[:8]}").touch()
 
@@ -287,6 +292,7 @@ class Cluster:
         wait_until(lambda: _is_whole(description) or not is_alive(self.scheduler))
         assert is_alive(self.scheduler), self.log()
         self.address = json.loads(description.read_text())["address"]
+        self.scheduler_file = description
         for _ in range(n_workers):
             self.add_worker(**settings)
 
@@ -298,12 +304,13 @@ class Cluster:
     def log(self):
         return "\n".join(path.read_text() for path in sorted(self._folder.glob("*.log")))
 
-    def add_worker(self, *, nanny=False, private_shm=False):
-        """Start a worker of one thread, and return its process, or that of its nanny."""
+    def add_worker(self, *, nanny=False, private_shm=False, nthreads=1, name=None, resources=None):
+        """Start a worker, of one thread if nothing else is said; return its process, or that of its nanny."""
         number = len(self.workers)
         worker = self._fork(
             "worker",
-            *(self.address, "--name", number, "--nthreads", 1, "--memory-limit", 0),
+            *(self.address, "--name", number if name is None else name, "--nthreads", nthreads, "--memory-limit", 0),
+            *(("--resources", resources) if resources else ()),
             *("--local-directory", self._folder / f"worker-{number}", "--nanny" if nanny else "--no-nanny"),
             private_shm=private_shm,
         )
