@@ -21,6 +21,7 @@ from dask.base import is_dask_collection
 from ..budget import Share, explicit_limits
 from ..cluster.client import GONE, active_client, address_and_certificates, check_blocks, connect, is_alive, nthreads
 from ..cluster.exchange import Exchange
+from ..cluster.sklearn_transport import keep_keys_here
 from ..cluster.ticket import Cancel, Ticket
 from ..config import Config
 from ..data.codec import RemoteReference
@@ -78,6 +79,7 @@ class DaskTier(Tier):
         return Share(1, explicit_limits(config))
 
     def __init__(self, config: Config, n_jobs: int) -> None:
+        keep_keys_here()
         self._connection = Connection.get(config)
         self._n_jobs = n_jobs
         self._task_timeout = config.task_timeout
