@@ -100,6 +100,9 @@ _routes: Final[dict[str, list[_Route]]] = {}
 #: For processes that a batch starts: a listener here in the place of the one that they cannot reach either.
 _stands_in: Final[dict[str, Any]] = {}
 
+#: The listeners that they can reach.
+_reached: Final[set[str]] = set()
+
 _current: ContextVar[_Route | None] = ContextVar("current", default=None)
 
 
@@ -114,8 +117,7 @@ class _Route:
 
     def adopt(self, address: str) -> None:
         """Take over the messages for a listener, should it be out of reach."""
-        sklearn_transport.connect_otherwise(_connect)
-        sklearn_transport.substitute(_substitute)
+        sklearn_transport.take(sklearn_transport.Detour(_connect, _substitute))
         with _changed:
             if address not in self._adopted:
                 self._adopted.add(address)
@@ -135,6 +137,7 @@ class _Route:
             handles = [_stands_in.pop(address, None) for address in unused]
             for address in unused:
                 del _routes[address]
+                _reached.discard(address)
         for address, handle in zip(unused, handles, strict=True):
             sklearn_transport.forget_connection(address, _Connection)
             if handle is not None:
@@ -151,7 +154,10 @@ def _connect(address: str) -> _Connection | None:
 def _substitute(handle: Any) -> Any:
     """Return what inner calls get in the place of a handle that is of no use to their workers."""
     address = handle.address
-    if address not in _routes or (address not in _stands_in and sklearn_transport.can_be_reached(handle)):
+    if address not in _routes or address in _reached:
+        return handle
+    if address not in _stands_in and sklearn_transport.can_be_reached(handle):
+        _reached.add(address)
         return handle
     with _changed:
         if address in _routes and address not in _stands_in:

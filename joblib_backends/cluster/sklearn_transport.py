@@ -19,28 +19,39 @@ import importlib
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from multiprocessing import AuthenticationError
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..data.pickler import reduce_by
 
 __all__ = [
+    "Detour",
     "adopting",
     "arrived",
     "can_be_reached",
     "close_listener",
-    "connect_otherwise",
     "deliver",
     "forget_connection",
     "handles_have_left",
     "keep_keys_here",
     "open_listener",
-    "substitute",
+    "take",
 ]
+
+
+class Detour(NamedTuple):
+    """How what is said to a listener that cannot be reached gets there all the same."""
+
+    #: Returns a connection to an address in the place of one that cannot be made, or None.
+    connect: Callable[[str], Any]
+    #: Returns the handle that goes to other processes in the place of one that has arrived here.
+    substitute: Callable[[Any], Any]
+
 
 _MODULE: Final = "sklearn.callback._transport"
 
@@ -63,8 +74,8 @@ _NOT_REACHED: Final = (OSError, EOFError, AuthenticationError, ValueError)
 #: The listeners whose handles have left this process.
 _left: Final[set[str]] = set()
 
-#: See :func:`substitute`.
-_substitutes: Final[list[Callable[[Any], Any]]] = []
+#: The way around listeners that cannot be reached from this process, if there is one.
+_detours: Final[list[Detour]] = []
 
 _adopt: ContextVar[Callable[[str], object] | None] = ContextVar("adopt", default=None)
 
@@ -101,8 +112,8 @@ def deliver(address: str, message: Any) -> None:
 
 
 def _reduce(handle: Any) -> tuple[Any, ...]:
-    for substitute_for in _substitutes:
-        handle = substitute_for(handle)
+    for detour in _detours:
+        handle = detour.substitute(handle)
     is_kept = _leave_key(handle)
     _left.add(handle.address)
     return arrived, (handle.address, None if is_kept else handle.authkey)
@@ -157,6 +168,8 @@ def arrived(address: str, authkey: bytes | None = None) -> Any:
     module = importlib.import_module(_MODULE)
     if not _is_known(module):
         return module.ListenerHandle(address, authkey or _key_of(address))
+    if not isinstance(module.Client, _Connecting):
+        module.Client = _Connecting(module.Client)  # type: ignore[attr-defined]
     adopt = _adopt.get()
     if adopt is not None:
         adopt(address)
@@ -167,14 +180,8 @@ def arrived(address: str, authkey: bytes | None = None) -> Any:
 
 @functools.cache
 def _arrived_class(handle_class: Any) -> Any:
-    """Return the class of handles that have arrived; they never travel with their key, whoever pickles them."""
-    arrived_class = type("ArrivedHandle", (handle_class,), {"__slots__": (), "__reduce__": _reduce_arrived})
-    reduce_by(arrived_class, _reduce)
-    return arrived_class
-
-
-def _reduce_arrived(handle: Any) -> tuple[Any, ...]:
-    return arrived, (handle.address,)
+    """Return the class of handles that have arrived; they travel on without their keys, whoever pickles them."""
+    return type("ArrivedHandle", (handle_class,), {"__slots__": (), "__reduce__": _reduce})
 
 
 @contextlib.contextmanager
@@ -187,11 +194,10 @@ def adopting(adopt: Callable[[str], object]) -> Iterator[None]:
         _adopt.reset(token)
 
 
-def connect_otherwise(connect: Callable[[str], Any]) -> None:
-    """Have ``connect(address)`` asked for a connection where a listener cannot be reached; None is none."""
-    module: Any = _transport()
-    if module is not None and not isinstance(module.Client, _Connecting):
-        module.Client = _Connecting(module.Client, connect)
+def take(detour: Detour) -> None:
+    """Take a detour where listeners cannot be reached, from now on."""
+    if detour not in _detours:
+        _detours.append(detour)
 
 
 def forget_connection(address: str, kind: type) -> None:
@@ -206,18 +212,12 @@ def can_be_reached(handle: Any) -> bool:
     module = _transport()
     if module is None or handle.address in module._listeners:
         return True
-    connect = module.Client._client if isinstance(module.Client, _Connecting) else module.Client
+    connect = module.Client.client if isinstance(module.Client, _Connecting) else module.Client
     try:
         connect(handle.address, authkey=handle.authkey).close()
     except _NOT_REACHED:
         return False
     return True
-
-
-def substitute(substitute_for: Callable[[Any], Any]) -> None:
-    """Have ``substitute_for(handle)`` travel in the place of a handle that leaves this process in a batch."""
-    if substitute_for not in _substitutes:
-        _substitutes.append(substitute_for)
 
 
 def open_listener(consume: Callable[[Any], object]) -> Any:
@@ -235,18 +235,42 @@ def close_listener(handle: Any) -> None:
 class _Connecting:
     """What scikit-learn calls to connect to a listener, with a second way where the first one fails."""
 
-    def __init__(self, client: Callable[..., Any], otherwise: Callable[[str], Any]) -> None:
-        self._client = client
-        self._otherwise = otherwise
+    def __init__(self, client: Callable[..., Any]) -> None:
+        self.client = client
 
     def __call__(self, address: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return self._client(address, *args, **kwargs)
+            return _InTurns(self.client(address, *args, **kwargs))
         except _NOT_REACHED:
-            connection = self._otherwise(address)
-            if connection is None:
-                raise
-            return connection
+            for detour in _detours:
+                connection = detour.connect(address)
+                if connection is not None:
+                    return connection
+            raise
+
+
+class _InTurns:
+    """A connection that the threads of a process share.
+
+    scikit-learn has one for all of them and no lock: two threads that send at once, as those of a Dask worker do,
+    would write into each other's messages, and take each other's acknowledgements.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: Any) -> None:
+        """Send a message, and wait until it was consumed."""
+        with self._lock:
+            self._connection.send(message)
+            self._connection.recv()
+
+    def recv(self) -> None:
+        """Do nothing: the acknowledgement is here."""
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 def _transport() -> ModuleType | None:

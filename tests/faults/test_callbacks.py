@@ -23,7 +23,7 @@ pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 callback = pytest.importorskip("sklearn.callback", reason="scikit-learn has callbacks from version 1.9")
 
 from sklearn.callback import _transport  # noqa: E402
-from watched import Iterating, Minutes, Several, handle_of, say  # noqa: E402
+from watched import Iterating, Minutes, Several, fit_inside, handle_of, say  # noqa: E402
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -137,21 +137,28 @@ def test_progress_bars_end_as_with_one_job(cluster, capsys, monkeypatch):
     assert here == alone
 
 
-@pytest.mark.parametrize("prefer", ["threads", "processes"])
-def test_inner_calls_are_heard_between_the_begin_and_the_end_of_what_made_them(cluster, prefer):
+INNER = {
+    "threads": ("hybrid", {"tier": "threads"}),
+    "processes": ("hybrid", {"tier": "processes"}),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_inner_calls_are_heard_between_the_begin_and_the_end_of_what_made_them(cluster, inner):
     def run():
-        minutes = Minutes()
-        search(Several(Iterating(), prefer=prefer), minutes, {"estimator__c": [0, 1]})
-        return minutes.lines
+        watchers = [Minutes() for _ in range(4)]
+        models = [Several(Iterating(), backend=INNER[inner]).set_callbacks(minutes) for minutes in watchers]
+        for inner_pids, pid in Parallel()(delayed(fit_inside)(model, X, Y) for model in models):
+            assert (pid in inner_pids) == (inner == "threads")
+        return [minutes.lines for minutes in watchers]
 
     alone, here = on_both(cluster, run)
-    assert sorted(here) == sorted(alone)
-    position = {(what, path, name): i for i, (what, path, name) in enumerate(here)}
-    for what, path, name in here:
-        parent = [position[line] for line in here if line[0] == "begin" and line[1] == path[:-1]]
-        end = [position[line] for line in here if line[0] == "end" and line[1] == path[:-1]]
-        if parent and end:
-            assert min(parent) < position[what, path, name] < max(end)
+    assert [sorted(lines) for lines in here] == [sorted(lines) for lines in alone]
+    for lines in here:
+        position = {(what, path): i for i, (what, path, _) in enumerate(lines)}
+        for what, path in position:
+            if len(path) > 1:
+                assert position["begin", path[:-1]] < position[what, path] < position["end", path[:-1]]
 
 
 def test_a_fit_that_fails_has_said_what_it_says_alone(cluster):

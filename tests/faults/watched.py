@@ -1,11 +1,12 @@
 """Estimators that tell scikit-learn's callbacks what they do, and a callback. Workers import this."""
 
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 from clusters import start, started, wait_until
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_backend
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.callback import CallbackSupportMixin, with_callbacks
 from sklearn.callback._callback_context import get_context_path
@@ -55,19 +56,21 @@ class Iterating(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
 class Several(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     """Fits copies of an estimator at once, in a call of its own."""
 
-    def __init__(self, estimator=None, n_copies=2, prefer=None):
+    def __init__(self, estimator=None, n_copies=2, backend=("hybrid", {})):
         self.estimator = estimator
         self.n_copies = n_copies
-        self.prefer = prefer
+        self.backend = backend
 
     @with_callbacks
     def fit(self, X, y):  # noqa: N803
         watched = self._init_callback_context(max_subtasks=self.n_copies, sequential_subtasks=False)
         watched.call_on_fit_task_begin(estimator=self, X=X, y=y)
         parts = [watched.subcontext(task_name="copy", task_id=i) for i in range(self.n_copies)]
-        self.estimators_ = Parallel(n_jobs=2, prefer=self.prefer)(
-            delayed(_fit_one)(self, clone(self.estimator), X, y, part) for part in parts
-        )
+        name, options = self.backend
+        with parallel_backend(name, n_jobs=2, **options):
+            found = Parallel()(delayed(_fit_one)(self, clone(self.estimator), X, y, part) for part in parts)
+        self.estimators_ = [estimator for estimator, _ in found]
+        self.pids_ = {pid for _, pid in found}
         self.classes_ = np.unique(y)
         watched.call_on_fit_task_end(estimator=self, X=X, y=y)
         return self
@@ -81,7 +84,7 @@ def _fit_one(outer, estimator, X, y, part):  # noqa: N803
         part.call_on_fit_task_begin(estimator=outer, X=X, y=y)
         estimator.fit(X, y)
         part.call_on_fit_task_end(estimator=outer, X=X, y=y)
-    return estimator
+    return estimator, os.getpid()
 
 
 class Minutes:
@@ -116,6 +119,11 @@ class Minutes:
 def handle_of(callback):
     """Return what a worker knows of the listener of a callback: its address and its key."""
     return tuple(callback._listener_handle)
+
+
+def fit_inside(model, X, y):  # noqa: N803
+    """Return the processes in which an estimator has fitted its copies, and its own."""
+    return model.fit(X, y).pids_, os.getpid()
 
 
 def say(callback, n_messages, n_bytes=0):
