@@ -173,9 +173,7 @@ def arrived(address: str, authkey: bytes | None = None) -> Any:
     adopt = _adopt.get()
     if adopt is not None:
         adopt(address)
-    if authkey is not None:
-        return module.ListenerHandle(address, authkey)
-    return _arrived_class(module.ListenerHandle)(address, _key_of(address))
+    return _arrived_class(module.ListenerHandle)(address, authkey or _key_of(address))
 
 
 @functools.cache
