@@ -145,7 +145,11 @@ def printing(tree: ast.Module) -> Iterator[tuple[int, str]]:
 RULES = (
     Door("joblib's private names", ("backend.py",), private_joblib_names),
     # The demo is a user's program, a grid search; it imports scikit-learn in the function that runs it.
-    Door("scikit-learn", ("sharing/sklearn_inside.py", "__main__.py"), imports_of("sklearn")),
+    Door(
+        "scikit-learn",
+        ("sharing/sklearn_inside.py", "cluster/sklearn_transport.py", "__main__.py"),
+        imports_of("sklearn"),
+    ),
     Door("loky", ("workers/process.py",), imports_of("loky", "joblib.externals.loky")),
     Door(
         "the inside of multiprocessing",

@@ -33,8 +33,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data/__init__.py",),
     ("worker.py",),
     ("remote.py",),
-    ("cluster/__init__.py", "cluster/client.py", "cluster/ticket.py", "cluster/losses.py"),
-    ("cluster/copies.py", "cluster/accounting.py"),
+    (
+        *("cluster/__init__.py", "cluster/client.py", "cluster/ticket.py", "cluster/losses.py"),
+        "cluster/sklearn_transport.py",
+    ),
+    ("cluster/copies.py", "cluster/accounting.py", "cluster/outlet.py", "cluster/relay.py"),
     ("cluster/spread.py",),
     ("cluster/places.py", "cluster/placement.py", "cluster/local.py", "cluster/local_host.py"),
     ("cluster/exchange.py", "cluster/address.py"),

@@ -43,8 +43,10 @@ from ..remote import Missing, process_identity, run_remotely
 from ..worker import PackedOutcome
 from .client import is_alive, start_gather
 from .losses import failure_of, replace_worker
+from .outlet import relaying
 from .placement import Placement
 from .places import Places
+from .relay import Relay
 from .ticket import Cancel, Ticket
 
 __all__ = ["Exchange"]
@@ -136,6 +138,7 @@ class Exchange:
         self._origin = process_identity()
         self._topic = f"joblib_backends-{uuid.uuid4().hex}"
         self._is_told_of_starts = False
+        self._relay = Relay(client)
         self._looked = self._had_workers = time.monotonic()
         self._asked = -_LOOK_EVERY_S
 
@@ -166,6 +169,7 @@ class Exchange:
             del first, waiting, tickets
         with contextlib.suppress(Exception):  # the client may be closed, or never have asked
             self._client.unsubscribe_topic(self._topic)
+        self._relay.close()
         self._is_over = True
         self._done.put(None)
         if self._owns_client:
@@ -225,6 +229,7 @@ class Exchange:
             remote_objects=dict(self._remote_objects),
             origin=self._origin,
             topic=self._topic,
+            relay_topic=self._relay.listen(tickets),
             pure=False,
             **options,
         )
@@ -358,7 +363,7 @@ class Exchange:
 
     def _end(self, ticket: Ticket, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
         self._in_flight.pop(ticket.key, None)
-        ticket.end(outcome, error)
+        self._relay.after_messages(functools.partial(ticket.end, outcome, error))
         if ticket.workers is not None:
             self._outbox.put(_CHANGED)
 
@@ -370,6 +375,7 @@ class Exchange:
         # With its data, which only a worker had that died; or by another scheduler, which came in the place of one
         # that knew it, and does not tell us of starts.
         self._is_told_of_starts = False
+        self._relay.subscribe_again()
         self._send_again(ticket, f"it was {ticket.dask_future.status} on the cluster")
 
     def _send_again(self, ticket: Ticket, why: str) -> None:
@@ -506,9 +512,12 @@ def _drain(waiting: queue.SimpleQueue[Any]) -> list[Any]:
 # ---- on a worker
 
 
-def _run(wire: Wire, watched: str | None, *, remote_objects: Any, origin: str, topic: str) -> Any:
+def _run(
+    wire: Wire, watched: str | None, *, remote_objects: Any, origin: str, topic: str, relay_topic: str | None
+) -> Any:
     """Run a batch; say first that it starts, if its time is limited."""
     worker = distributed.get_worker()
     if watched is not None:
         worker.log_event(topic, (watched, worker.address))
-    return run_remotely(wire, remote_objects, origin, worker.address)
+    with relaying(worker, relay_topic):
+        return run_remotely(wire, remote_objects, origin, worker.address)

@@ -13,10 +13,18 @@ import numpy as np
 from .arrays import as_memmap_reference, reduce_array
 from .values import LARGE_CONTAINER, has_only_leaves
 
-__all__ = ["Pickler", "Standalone"]
+__all__ = ["Pickler", "Standalone", "reduce_by"]
 
 #: Buffers inside such a container that stay in its pickle, where one hash finds all of them together.
 _INNER_BELOW: Final = 4_096
+
+#: How objects travel that need more than their pickle, by their exact class; filled by who knows them.
+_reducers: Final[dict[type, Callable[[Any], Any]]] = {}
+
+
+def reduce_by(kind: type, reduce: Callable[[Any], Any]) -> None:
+    """Pickle objects of exactly this class as ``reduce(obj)`` says, which is what ``__reduce__`` would return."""
+    _reducers[kind] = reduce
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -42,7 +50,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if kind is np.memmap:
             return as_memmap_reference(obj)
         if kind is not np.ndarray:
-            return None
+            reduce = _reducers.get(kind)
+            return None if reduce is None else reduce(obj)
         if not obj.dtype.hasobject:
             return reduce_array(obj, self._is_resident)
         if obj.size < LARGE_CONTAINER or not has_only_leaves(obj.ravel().tolist()):

@@ -25,6 +25,7 @@ from ..cluster.client import GONE, active_client, address_and_certificates, chec
 from ..cluster.exchange import Exchange
 from ..cluster.local import LocalCluster
 from ..cluster.placement import Placement, most_slots
+from ..cluster.sklearn_transport import keep_keys_here
 from ..cluster.ticket import Cancel, Ticket
 from ..config import Config
 from ..data.codec import RemoteReference
@@ -85,6 +86,7 @@ class DaskTier(Tier):
         return Share(1, explicit_limits(config))
 
     def __init__(self, config: Config, n_jobs: int) -> None:
+        keep_keys_here()
         self._connection = Connection.get(config)
         self._n_jobs = n_jobs
         self._task_timeout = config.task_timeout

@@ -212,7 +212,7 @@ class Nursery:
         )
         self._lock = threading.Lock()
 
-    def fork(self, command, *arguments, log, environment=None, private_shm=False, namespace=None):
+    def fork(self, command, *arguments, log, environment=None, private_shm=False, namespace=None, hidden=()):
         """Start ``dask COMMAND ARGUMENTS`` and return its process."""
         order = {
             "command": command,
@@ -221,6 +221,7 @@ class Nursery:
             "environment": environment or {},
             "private_shm": private_shm,
             "namespace": namespace,
+            "hidden": [str(folder) for folder in hidden],
         }
         with self._lock:
             self._process.stdin.write(json.dumps(order) + "\n")
@@ -304,8 +305,11 @@ class Cluster:
     def log(self):
         return "\n".join(path.read_text() for path in sorted(self._folder.glob("*.log")))
 
-    def add_worker(self, *, nanny=False, private_shm=False, nthreads=1, name=None, resources=None):
-        """Start a worker, of one thread if nothing else is said; return its process, or that of its nanny."""
+    def add_worker(self, *, nanny=False, private_shm=False, hidden=(), nthreads=1, name=None, resources=None):
+        """Start a worker, of one thread if nothing else is said; return its process, or that of its nanny.
+
+        It may have a ``/dev/shm`` of its own, and empty folders in the place of some.
+        """
         number = len(self.workers)
         worker = self._fork(
             "worker",
@@ -313,6 +317,7 @@ class Cluster:
             *(("--resources", resources) if resources else ()),
             *("--local-directory", self._folder / f"worker-{number}", "--nanny" if nanny else "--no-nanny"),
             private_shm=private_shm,
+            hidden=hidden,
         )
         self.workers.append(worker)
         return worker
@@ -427,8 +432,8 @@ def _be_born(order, mains):
         if order["namespace"]:
             with open(f"/run/netns/{order['namespace']}") as namespace:
                 _check(_libc().setns(namespace.fileno(), 0))
-        if order["private_shm"]:
-            _hide_shared_memory()
+        if order["private_shm"] or order["hidden"]:
+            _hide([*(["/dev/shm"] if order["private_shm"] else []), *order["hidden"]])
         import dask.config
 
         dask.config.refresh()
@@ -454,12 +459,13 @@ def _check(result):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _hide_shared_memory():
-    """Give this process a ``/dev/shm`` of its own, as if it ran on another host."""
+def _hide(folders):
+    """Give this process folders of its own in the place of these, as if it ran on another host."""
     libc = _libc()
     _check(libc.unshare(_CLONE_NEWNS))
     _check(libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
-    _check(libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=64m"))
+    for folder in folders:
+        _check(libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=64m"))
 
 
 if __name__ == "__main__":
