@@ -8,8 +8,10 @@ Each child runs the very command ``dask scheduler`` or ``dask worker``, in a ses
 a fresh interpreter takes to import it. Workers import the tasks from here, so nothing here needs pytest.
 """
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import random
@@ -22,6 +24,7 @@ import time
 import traceback
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -35,7 +38,7 @@ ROOT = HERE.parents[1]
 LONG = 60.0
 
 #: mount(2), unshare(2) and prctl(2).
-_MS_REC, _MS_PRIVATE, _CLONE_NEWNS, _PR_SET_PDEATHSIG = 0x4000, 1 << 18, 0x20000, 1
+_MS_BIND, _MS_REC, _MS_PRIVATE, _CLONE_NEWNS, _PR_SET_PDEATHSIG = 0x1000, 0x4000, 1 << 18, 0x20000, 1
 
 
 # ---- tasks: each leaves a file when it starts
@@ -212,16 +215,16 @@ class Nursery:
         )
         self._lock = threading.Lock()
 
-    def fork(self, command, *arguments, log, environment=None, private_shm=False, namespace=None, hidden=()):
-        """Start ``dask COMMAND ARGUMENTS`` and return its process."""
+    def fork(self, command, *arguments, log, environment=None, private_shm=False, hidden=(), holder=None):
+        """Start ``dask COMMAND ARGUMENTS``, in the namespaces of the process ``holder``, and return its process."""
         order = {
             "command": command,
             "arguments": [str(argument) for argument in arguments],
             "log": str(log),
             "environment": environment or {},
             "private_shm": private_shm,
-            "namespace": namespace,
             "hidden": [str(folder) for folder in hidden],
+            "holder": holder,
         }
         with self._lock:
             self._process.stdin.write(json.dumps(order) + "\n")
@@ -232,6 +235,17 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait(LONG)
         self._process.stdout.close()
+
+
+class Place(NamedTuple):
+    """Where processes of a cluster run: here, or on one of the hosts of ``hosts.py``."""
+
+    #: Where they listen.
+    address: str = "127.0.0.1"
+    #: The number of a process whose namespaces they enter.
+    holder: int | None = None
+    #: For what the workers of a host write; None is the cluster's own folder.
+    scratch: Path | None = None
 
 
 class Cluster:
@@ -247,14 +261,14 @@ class Cluster:
         Workers to start with.
     port : int
         Of the scheduler; 0 takes any.
-    protocol, host : str
-        How, and where, the scheduler listens.
+    protocol : str
+        How the scheduler listens.
+    place : Place
+        Where the scheduler runs, and workers for which no other place is given.
     options : tuple
         More arguments for all of them.
     environment : dict
         More variables for all of them.
-    namespace : str, optional
-        The network namespace in which they run.
     security : distributed.Security, optional
         Of the test's own clients.
     **settings
@@ -269,26 +283,27 @@ class Cluster:
         *,
         port=0,
         protocol="tcp",
-        host="127.0.0.1",
+        place=Place(),  # noqa: B008 - it never changes
         options=(),
         environment=None,
-        namespace=None,
         security=None,
         **settings,
     ):
         self._nursery = nursery
         self._folder = Path(folder) / f"cluster-{uuid.uuid4().hex[:8]}"
         self._folder.mkdir(parents=True)
-        self._host = host
+        self._place = place
         self._options = options
         self._security = security
-        self._shared = {"environment": environment, "namespace": namespace}
+        self._environment = environment
         self._settings = settings
         self._has_ended = False
         self.workers = []
+        self._places = []
         description = self._folder / "scheduler.json"
         self.scheduler = self._fork(
-            "scheduler", "--protocol", protocol, "--port", port, "--no-show", "--scheduler-file", description
+            *("scheduler", place),
+            *("--protocol", protocol, "--port", port, "--no-show", "--scheduler-file", description),
         )
         wait_until(lambda: _is_whole(description) or not is_alive(self.scheduler))
         assert is_alive(self.scheduler), self.log()
@@ -297,30 +312,48 @@ class Cluster:
         for _ in range(n_workers):
             self.add_worker(**settings)
 
-    def _fork(self, command, *arguments, **options):
-        log = self._folder / f"{command}-{len(self.workers)}.log"
-        common = ("--host", self._host, "--no-dashboard", *self._options)
-        return self._nursery.fork(command, *arguments, *common, log=log, **self._shared, **options)
+    def _fork(self, command, place, *arguments, **options):
+        options |= {"log": self._folder / f"{command}-{len(self.workers)}.log", "environment": self._environment}
+        common = ("--host", place.address, "--no-dashboard", *self._options)
+        return self._nursery.fork(command, *arguments, *common, holder=place.holder, **options)
 
     def log(self):
         return "\n".join(path.read_text() for path in sorted(self._folder.glob("*.log")))
 
-    def add_worker(self, *, nanny=False, private_shm=False, hidden=(), nthreads=1, name=None, resources=None):
+    def add_worker(
+        self,
+        *,
+        place=None,
+        nanny=False,
+        private_shm=False,
+        hidden=(),
+        nthreads=1,
+        name=None,
+        resources=None,
+        memory_limit=0,
+    ):
         """Start a worker, of one thread if nothing else is said; return its process, or that of its nanny.
 
         It may have a ``/dev/shm`` of its own, and empty folders in the place of some.
         """
         number = len(self.workers)
+        place = place or self._place
         worker = self._fork(
-            "worker",
-            *(self.address, "--name", number if name is None else name, "--nthreads", nthreads, "--memory-limit", 0),
+            *("worker", place, self.address),
+            *("--name", number if name is None else name, "--nthreads", nthreads, "--memory-limit", memory_limit),
             *(("--resources", resources) if resources else ()),
-            *("--local-directory", self._folder / f"worker-{number}", "--nanny" if nanny else "--no-nanny"),
+            *("--local-directory", (place.scratch or self._folder) / f"worker-{number}"),
+            "--nanny" if nanny else "--no-nanny",
             private_shm=private_shm,
             hidden=hidden,
         )
         self.workers.append(worker)
+        self._places.append(place)
         return worker
+
+    def workers_at(self, place):
+        """Return the workers that were started at a place."""
+        return [worker for worker, its_place in zip(self.workers, self._places, strict=True) if its_place == place]
 
     @contextlib.contextmanager
     def client(self, n_workers=None):
@@ -404,12 +437,19 @@ def _main():
     import distributed.cli.dask_scheduler
     import distributed.cli.dask_worker
     import distributed.http.scheduler.info
+    import hosts
     import sklearn.model_selection  # noqa: F401
 
     import joblib_backends.cluster.exchange
     import joblib_backends.remote  # noqa: F401
 
-    mains = {"scheduler": distributed.cli.dask_scheduler.main, "worker": distributed.cli.dask_worker.main}
+    # The modules were imported as this script's; tasks arrive under their own name.
+    scheduler, worker = distributed.cli.dask_scheduler.main, distributed.cli.dask_worker.main
+    mains = {
+        "scheduler": functools.partial(scheduler, standalone_mode=False),
+        "worker": functools.partial(worker, standalone_mode=False),
+        "host": hosts.hold,
+    }
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         pid = os.fork()
@@ -423,49 +463,69 @@ def _be_born(order, mains):
     try:
         os.setsid()
         # It ends with the nursery, which ends with the tests, even if those are killed.
-        _check(_libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        system("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         log = os.open(order["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         for fd, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
             os.dup2(fd, target)
         os.environ |= order["environment"]
-        if order["namespace"]:
-            with open(f"/run/netns/{order['namespace']}") as namespace:
-                _check(_libc().setns(namespace.fileno(), 0))
+        if order["holder"]:
+            enter(order["holder"])
         if order["private_shm"] or order["hidden"]:
-            _hide([*(["/dev/shm"] if order["private_shm"] else []), *order["hidden"]])
+            hide(*(["/dev/shm"] if order["private_shm"] else []), *order["hidden"])
         import dask.config
 
         dask.config.refresh()
         sys.argv = [f"dask {order['command']}", *order["arguments"]]
-        # The modules were imported as this script's; tasks arrive under their own name.
-        mains[order["command"]](order["arguments"], standalone_mode=False)
+        mains[order["command"]](order["arguments"])
         status = 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
+        # As an interpreter that ends does: a worker that ends in peace leaves no file.
+        atexit._run_exitfuncs()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
 
 
-def _libc():
-    return ctypes.CDLL(None, use_errno=True)
+def system(call, *arguments):
+    """Make a call of the C library's, or raise the OSError that it says."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if getattr(library, call)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
 
 
-def _check(result):
-    if result != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def _hide(folders):
-    """Give this process folders of its own in the place of these, as if it ran on another host."""
-    libc = _libc()
-    _check(libc.unshare(_CLONE_NEWNS))
-    _check(libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
+def hide(*folders, size="64m", seen=()):
+    """Give this process an empty folder in memory in the place of each one, and what is ``seen`` where it was."""
+    system("unshare", _CLONE_NEWNS)
+    system("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+    # Those that will be hidden are held open, among the mounts of this process: what is not there can be no source.
+    held = {path: os.open(path, os.O_PATH) for path in map(str, seen)}
     for folder in folders:
-        _check(libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=64m"))
+        system("mount", b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size},mode=1777".encode())
+    for path, fd in held.items():
+        if not os.path.exists(path):
+            os.makedirs(path)
+            bind(f"/proc/self/fd/{fd}", path)
+        os.close(fd)
+
+
+def bind(source, target):
+    """Have a file or folder seen at a second path, by this process alone."""
+    system("mount", os.fsencode(source), os.fsencode(target), None, _MS_BIND, None)
+
+
+def enter(holder):
+    """Have this process live in the namespaces of another one."""
+    with contextlib.ExitStack() as files:
+        # All are opened first: among the mounts of another host, these paths may mean something else.
+        namespaces = [files.enter_context(open(f"/proc/{holder}/ns/{name}")) for name in ("uts", "net", "mnt")]
+        for namespace in namespaces:
+            system("setns", namespace.fileno(), 0)
+    # The mounts came with a root of their own.
+    os.chdir(ROOT)
 
 
 if __name__ == "__main__":

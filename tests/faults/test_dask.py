@@ -43,6 +43,7 @@ from clusters import (
     wait_until,
 )
 from crashing import CRASHES, delayed_at, takes
+from hosts import Hosts, HostsUnavailableError
 from joblib import Parallel, delayed, parallel_backend
 from sklearn.model_selection import GridSearchCV
 
@@ -552,43 +553,24 @@ def test_a_search_scores_a_candidate_over_its_time(make_cluster):
 
 
 @pytest.fixture
-def far_away():
-    """Return a network namespace that one link connects with this one: (its name, its address, function that cuts)."""
-    name, here, there = f"jb{os.getpid()}", f"jbh{os.getpid() % 100000}", f"jbt{os.getpid() % 100000}"
-    subnet = f"10.213.{os.getpid() % 256}"
-
-    def ip(*words, check=True):
-        subprocess.run(["ip", *words], check=check, capture_output=True)
-
+def far_away(nursery, tmp_path):
+    """Return a host that one link connects with this one."""
     try:
-        ip("netns", "add", name)
-        ip("link", "add", here, "type", "veth", "peer", "name", there)
-        ip("link", "set", there, "netns", name)
-        ip("addr", "add", f"{subnet}.1/24", "dev", here)
-        ip("link", "set", here, "up")
-        for words in (("addr", "add", f"{subnet}.2/24", "dev", there), ("link", "set", there, "up")):
-            ip("-n", name, *words)
-        ip("-n", name, "link", "set", "lo", "up")
-    except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        ip_is_there = not isinstance(error, FileNotFoundError)
-        if ip_is_there:
-            ip("netns", "del", name, check=False)
-            ip("link", "del", here, check=False)
-        pytest.skip(f"no network namespace can be made here: {error}")
+        hosts = Hosts(nursery, tmp_path, n_far=1)
+    except HostsUnavailableError as error:
+        pytest.skip(str(error))
     try:
-        yield name, f"{subnet}.2", lambda: ip("link", "set", here, "down")
+        yield hosts.far[0]
     finally:
-        ip("netns", "del", name, check=False)
-        ip("link", "del", here, check=False)
+        hosts.close()
 
 
 @pytest.mark.parametrize("kind", ["list", "unordered"])
 def test_a_cut_network_the_call_goes_on_here(make_cluster, tmp_path, far_away, kind):
     dask_config = pytest.importorskip("dask.config", reason="the extra 'dask' is not installed")
-    namespace, address, cut = far_away
     with dask_config.set({"distributed.comm.timeouts.tcp": "12s", "distributed.comm.timeouts.connect": "3s"}):
-        cluster = make_cluster(2, host=address, namespace=namespace)
-        with hybrid(cluster), recoveries() as found, striking(has_started(tmp_path, 20), cut):
+        cluster = make_cluster(2, place=far_away.place)
+        with hybrid(cluster), recoveries() as found, striking(has_started(tmp_path, 20), far_away.link.cut):
             begun = time.monotonic()
             assert results_of(kind, tmp_path) == results_of(kind)
             assert time.monotonic() - begun < 2.0 + PROMPT

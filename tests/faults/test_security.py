@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import sqlite3
 import stat
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from certificates import make_certificates, needs_openssl, options_of, security_of
 from clusters import HERE, LONG, ROOT, Cluster, Nursery, square, started, tasks_known_to
 from conftest import eventually
 from joblib import Parallel, delayed, parallel_backend
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.timeout(60)
 #: Seconds within which a client that is turned away must know, beyond those that it was told to wait.
 PROMPT = 45.0
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make certificates")
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
 
 #: What the folders of this user's stores are called.
@@ -41,30 +40,6 @@ PREFIX = f"joblib_backends-{os.getuid()}-"
 
 
 # ---- TLS
-
-
-def openssl(folder, *words):
-    subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True, timeout=LONG)
-
-
-def make_certificates(folder):
-    """Make a certificate authority, and a key with a certificate of it."""
-    folder.mkdir()
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl(folder, "req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=authority")
-    openssl(folder, "req", *key, "-keyout", "key.pem", "-out", "request.pem", "-subj", "/CN=localhost")
-    signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2")
-    openssl(folder, "x509", "-req", "-in", "request.pem", *signing, "-out", "cert.pem")
-    return folder
-
-
-def security_of(folder):
-    return distributed.Security(
-        tls_ca_file=str(folder / "ca.pem"),
-        tls_client_cert=str(folder / "cert.pem"),
-        tls_client_key=str(folder / "key.pem"),
-        require_encryption=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +52,9 @@ def certificates(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tls_cluster(certificates, tmp_path_factory):
     ours, _ = certificates
-    options = ("--tls-ca-file", ours / "ca.pem", "--tls-cert", ours / "cert.pem", "--tls-key", ours / "key.pem")
     with contextlib.closing(Nursery()) as nursery:
         folder = tmp_path_factory.mktemp("cluster")
-        cluster = Cluster(nursery, folder, 2, protocol="tls", options=options, security=security_of(ours))
+        cluster = Cluster(nursery, folder, 2, protocol="tls", options=options_of(ours), security=security_of(ours))
         try:
             yield cluster.ready()
         finally:
