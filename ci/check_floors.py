@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data/store.py",),
     ("data/scope.py",),
     ("data/values.py",),
+    ("data/files.py",),
     ("data/arrays.py",),
     ("data/pickler.py", "data/content.py"),
     ("data/shelf.py",),

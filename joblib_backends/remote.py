@@ -8,6 +8,7 @@ over.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 from .data.codec import Wire, files_of, moved_files, resolving
+from .data.files import comparing_files
 from .data.scope import ResidentScope
 from .data.store import default_store
 from .worker import PackedOutcome, run_payload
@@ -40,7 +42,7 @@ class Missing(NamedTuple):
 
 
 def run_remotely(
-    wire: Wire, remote_objects: Mapping[str, Any], origin: str, worker: str = ""
+    wire: Wire, remote_objects: Mapping[str, Any], origin: str, place: str, worker: str = ""
 ) -> PackedOutcome | Missing:
     """Run a batch in a worker's thread.
 
@@ -52,6 +54,8 @@ def run_remotely(
         What a :class:`~joblib_backends.data.codec.RemoteReference` of the batch stands for, by key.
     origin : str
         The :func:`process_identity` of the parent: in a worker that is a thread of it, thread limits are put back.
+    place : str
+        The :func:`place_of_this_process` of the parent: elsewhere, the user's files may be others.
     worker : str
         What the parent calls this worker.
     """
@@ -62,7 +66,8 @@ def run_remotely(
         for path in missing:
             _copies.pop(path, None)
         return Missing(worker, missing)
-    with resolving(remote_objects, _WorkerScope.get()):
+    is_far = place_of_this_process() != place
+    with resolving(remote_objects, _WorkerScope.get()), comparing_files() if is_far else contextlib.nullcontext():
         return run_payload(moved_files(wire, moved), owns_process=process_identity() != origin)
 
 
@@ -80,6 +85,7 @@ def note_copies(copies: Mapping[str, str]) -> None:
             del _copies[next(iter(_copies))]
 
 
+@functools.lru_cache(maxsize=1)
 def place_of_this_process() -> str:
     """Return what names the place of this process' files: the same in all processes that find each other's there.
 

@@ -127,7 +127,7 @@ class Rescue:
                 self._call.note_end(batch, Outcome(None, failure))
                 self._call.fail(failure, batch.future)
             else:
-                self._run_again(batch, step)
+                self._run_again(batch, step, fault)
         except Exception as error:
             self._call.fail(error, batch.future)
         except BaseException as error:
@@ -136,7 +136,7 @@ class Rescue:
             if self._call.is_in_caller:
                 raise
 
-    def _run_again(self, batch: Batch, step: Step) -> None:
+    def _run_again(self, batch: Batch, step: Step, fault: BaseException) -> None:
         """Let a batch wait for another turn, with its data placed anew if that may be gone."""
         pieces = [batch]
         if step == "run again":
@@ -145,7 +145,7 @@ class Rescue:
             pieces = pieces_of(batch, self._config)
         if batch.payload is not None:
             # Always: a worker that reads from a file that was cut short is killed for it.
-            self._router.place_again(batch.payload)
+            self._router.place_again(batch.payload, fault)
         self._tally.add_fault(retries=1)
         was_started = bool(batch.started)
         for piece in pieces:

@@ -106,8 +106,10 @@ class Router:
             self._tally.add_payload(self._encoder.scatter(values), 0, 0)
             self._warm[key] = True
 
-    def place_again(self, payload: Payload) -> None:
+    def place_again(self, payload: Payload, fault: BaseException) -> None:
         """Have what a batch refers to, and is not there any more, placed anew when the batch is next encoded.
+
+        A file of the user's that a worker does not have goes there by content.
 
         Raises
         ------
@@ -115,6 +117,9 @@ class Router:
             If tasks write to it in common (``mmap_mode="r+"``): what they have written is nowhere else.
         """
         lost = self._scope.store.forget_lost(payload.residents)
+        path = fault.filename if isinstance(fault, DataLostError) else None
+        if path is not None and self._encoder is not None and path not in {one.path for one in payload.residents}:
+            self._encoder.send_content_of(path)
         _log.debug("%d of %d residents of a batch are gone", len(lost), len(payload.residents))
         for resident in lost:
             if resident.shared:

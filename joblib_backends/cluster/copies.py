@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 import distributed
 
-from ..data.store import Arriving, default_store
+from ..data.store import Arriving, default_store, sweep_places
 
 __all__ = ["PART_NBYTES", "Copy", "KeepCopies", "fetch_copy", "open_copy", "write_part"]
 
@@ -58,10 +58,11 @@ class KeepCopies(distributed.WorkerPlugin):
             self.kept.pop((self._worker.address, key), None)
 
     def teardown(self, worker: Any) -> None:
-        """Delete the copies of a worker that ends."""
+        """Delete the copies of a worker that ends, and what others have left that were killed on this host."""
         for address, key in list(self.kept):
             if address == worker.address:
                 self.kept.pop((address, key), None)
+        sweep_places()
 
 
 def open_copy(nbytes: int) -> Copy:
@@ -80,8 +81,13 @@ def fetch_copy(nbytes: int, source: Copy) -> Copy:
     """Make a copy of another worker's. The task whose end is that of the copy."""
     worker, key = _this_task()
     arriving = default_store().start(nbytes)
-    for offset in range(0, nbytes, PART_NBYTES):
-        arriving.write(memoryview(_ask_for_part(worker, source, offset, min(PART_NBYTES, nbytes - offset))))
+    try:
+        for offset in range(0, nbytes, PART_NBYTES):
+            arriving.write(memoryview(_ask_for_part(worker, source, offset, min(PART_NBYTES, nbytes - offset))))
+    except BaseException:
+        # Not with the frames of the error, which Dask may keep.
+        arriving.drop()
+        raise
     KeepCopies.kept[worker.address, key] = arriving
     return Copy(worker.address, arriving.path)
 

@@ -39,7 +39,7 @@ from ..errors import (
     DataLostError,
     TaskTimeoutError,
 )
-from ..remote import Missing, process_identity, run_remotely
+from ..remote import Missing, place_of_this_process, process_identity, run_remotely
 from ..worker import PackedOutcome
 from .client import is_alive, start_gather
 from .losses import failure_of, replace_worker
@@ -135,7 +135,7 @@ class Exchange:
         # Of the sender thread: what waits for data that is on its way to workers.
         self._waiting: list[Ticket] = []
         self._places = Places(client, functools.partial(outbox.put, _CHANGED))
-        self._origin = process_identity()
+        self._origin, self._place = process_identity(), place_of_this_process()
         self._topic = f"joblib_backends-{uuid.uuid4().hex}"
         self._is_told_of_starts = False
         self._relay = Relay(client)
@@ -228,6 +228,7 @@ class Exchange:
             key=[ticket.key for ticket in tickets],
             remote_objects=dict(self._remote_objects),
             origin=self._origin,
+            place=self._place,
             topic=self._topic,
             relay_topic=self._relay.listen(tickets),
             pure=False,
@@ -358,6 +359,9 @@ class Exchange:
         if gone is not None:
             self._end(ticket, None, gone)
             return
+        if missing.worker not in self._workers:
+            # It has joined since somebody looked.
+            self._asked = -_LOOK_EVERY_S
         self._places.refute(missing, ticket.payload.residents)
         self._send_again(ticket, "its data was missing on the worker")
 
@@ -513,11 +517,18 @@ def _drain(waiting: queue.SimpleQueue[Any]) -> list[Any]:
 
 
 def _run(
-    wire: Wire, watched: str | None, *, remote_objects: Any, origin: str, topic: str, relay_topic: str | None
+    wire: Wire,
+    watched: str | None,
+    *,
+    remote_objects: Any,
+    origin: str,
+    place: str,
+    topic: str,
+    relay_topic: str | None,
 ) -> Any:
     """Run a batch; say first that it starts, if its time is limited."""
     worker = distributed.get_worker()
     if watched is not None:
         worker.log_event(topic, (watched, worker.address))
     with relaying(worker, relay_topic):
-        return run_remotely(wire, remote_objects, origin, worker.address)
+        return run_remotely(wire, remote_objects, origin, place, worker.address)

@@ -120,6 +120,17 @@ class Spread:
     # ---- the crew's thread
 
     def _bring_all(self) -> None:
+        try:
+            self._bring_while_wanted()
+        except Exception as error:
+            # The client was closed, because nobody needs the buffer any more.
+            _log.debug("%s is brought nowhere any more: %s", self._ref.path, error)
+            with self._lock:
+                self._failures.update(dict.fromkeys(self._wanted, _MOST_TRIES))
+                self._wanted, self._is_running, self.problem = [], False, error
+            self._changed()
+
+    def _bring_while_wanted(self) -> None:
         under_way: dict[str, _Transfer] = {}
         done: queue.SimpleQueue[str] = queue.SimpleQueue()
         while self._has_work(under_way):

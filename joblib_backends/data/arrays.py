@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from .files import Fingerprint, check_file
+
 __all__ = ["address_of", "as_memmap_reference", "owns_all", "reduce_array", "root_owner"]
 
 Array = np.ndarray[Any, Any]
@@ -24,12 +26,15 @@ _SMALL: Final = 4_096
 _MAX_SPAN: Final = 64
 
 
-def reduce_array(array: Array, is_resident: Callable[[int, int], bool]) -> Any:
+def reduce_array(
+    array: Array, is_resident: Callable[[int, int], bool], has_path: Callable[[str], bool] = lambda path: True
+) -> Any:
     """Return the reduction of an exact ndarray without objects, or None to leave it to NumPy.
 
-    ``is_resident(low, high)`` tells whether the memory between two addresses was placed as a whole.
+    ``is_resident(low, high)`` tells whether the memory between two addresses was placed as a whole, ``has_path(path)``
+    whether workers have the file.
     """
-    reference = as_memmap_reference(array)
+    reference = as_memmap_reference(array, has_path)
     if reference is not None or array.nbytes < _SMALL:
         return reference
     if array.dtype.kind in "mM":
@@ -46,20 +51,22 @@ def reduce_array(array: Array, is_resident: Callable[[int, int], bool]) -> Any:
     return _same, (copied if copied.flags.forc else np.ascontiguousarray(copied),)
 
 
-def as_memmap_reference(array: Array) -> Any:
+def as_memmap_reference(array: Array, has_path: Callable[[str], bool] = lambda path: True) -> Any:
     """Return the reduction of an array over a user's memmap to file name and offset, or None if it has no file.
 
     Changes made through mode "c" are not in the file, so such an array travels by content.
     """
     backing = _backing_memmap(array)
-    if backing is None or backing.mode == "c" or not array.size or not _is_file(backing.filename):
+    path = None if backing is None or not _is_file(backing.filename) else os.path.abspath(backing.filename)
+    if path is None or backing.mode == "c" or not array.size or not has_path(path):
         # A memmap without a file of its own (a copy, an anonymous mapping), or of nothing, is an ordinary array.
         return (_same, (np.asarray(array),)) if type(array) is np.memmap else None
     low, high = _byte_bounds(array)
     mode = "r" if backing.mode == "r" else "r+"
     file_offset = backing.offset + low - address_of(backing)
     layout = (array.dtype, array.shape, array.strides, address_of(array) - low)
-    return _open_memmap, (os.path.abspath(backing.filename), mode, file_offset, high - low, *layout)
+    fingerprint = Fingerprint.of(path, is_written=mode == "r+")
+    return _open_memmap, (path, mode, file_offset, high - low, *layout, fingerprint)
 
 
 def root_owner(exporter: Any) -> Any:
@@ -126,7 +133,16 @@ def _strided(span: Array, dtype: Any, shape: Any, strides: Any, offset: int) -> 
 
 
 def _open_memmap(
-    filename: str, mode: Any, file_offset: int, nbytes: int, dtype: Any, shape: Any, strides: Any, offset: int
+    path: str,
+    mode: Any,
+    file_offset: int,
+    nbytes: int,
+    dtype: Any,
+    shape: Any,
+    strides: Any,
+    offset: int,
+    fingerprint: Fingerprint,
 ) -> Array:
-    span = np.memmap(filename, np.uint8, mode, file_offset, (nbytes,))
+    check_file(path, fingerprint)
+    span = np.memmap(path, np.uint8, mode, file_offset, (nbytes,))
     return np.ndarray.__new__(np.memmap, shape, dtype, span, offset, strides)

@@ -106,6 +106,8 @@ class Encoder:
         self._shared = config.mmap_mode in ("r+", "w+")
         self._shared_residents: dict[tuple[int, int], tuple[weakref.ref[Any], Resident]] = {}
         self._scattered = {id(value) for value in config.scatter}
+        # Files of the user's that some worker does not have.
+        self._not_there: set[str] = set()
         self._initializer = pickle_initializer(config)
         self._nested: tuple[Any, bytes] | None = None
 
@@ -210,6 +212,14 @@ class Encoder:
     def is_resident(self, low: int, high: int) -> bool:
         """Return whether the memory between two addresses was placed as a whole, or must be to be shared."""
         return self._shared or self._scope.store.covers(low, high)
+
+    def has_path(self, path: str) -> bool:
+        """Return whether workers have a file of the user's, as far as is known."""
+        return path not in self._not_there
+
+    def send_content_of(self, path: str) -> None:
+        """Send memmaps of a file by content from now on: some worker has no such file, or another one."""
+        self._not_there.add(path)
 
     def _may_be_resident(self, buffer: memoryview) -> bool:
         """Return whether it is worth a hash to look for a small buffer: by its size, or as a part of placed memory."""
@@ -333,7 +343,7 @@ class _Pickling:
         stream = io.BytesIO()
         # A new pickler each time, 2 µs: tasks must not share its memo, and kept here it would be a cycle that
         # holds the context, with its workers, until the garbage collector comes by.
-        Pickler(stream, self._take_buffer, self._encoder.is_resident).dump(value)
+        Pickler(stream, self._take_buffer, self._encoder.is_resident, self._encoder.has_path).dump(value)
         pickled = stream.getvalue()
         return xxhash.xxh3_64_digest(pickled) + pickled, self._refs
 

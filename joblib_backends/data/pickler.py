@@ -35,9 +35,11 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         stream: io.BytesIO,
         take_buffer: Callable[[pickle.PickleBuffer], object],
         is_resident: Callable[[int, int], bool],
+        has_path: Callable[[str], bool] = lambda path: True,
     ) -> None:
         super().__init__(stream, protocol=5, buffer_callback=take_buffer)
         self._is_resident = is_resident
+        self._has_path = has_path
 
     def reducer_override(self, obj: Any) -> Any:
         reduced = self._reduce_data(obj)
@@ -48,12 +50,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if kind is Standalone:
             return _load_standalone, self._standalone(obj.value)
         if kind is np.memmap:
-            return as_memmap_reference(obj)
+            return as_memmap_reference(obj, self._has_path)
         if kind is not np.ndarray:
             reduce = _reducers.get(kind)
             return None if reduce is None else reduce(obj)
         if not obj.dtype.hasobject:
-            return reduce_array(obj, self._is_resident)
+            return reduce_array(obj, self._is_resident, self._has_path)
         if obj.size < LARGE_CONTAINER or not has_only_leaves(obj.ravel().tolist()):
             return None
         # An array of objects, by its own reduction: the array itself would only come back here.
@@ -70,7 +72,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return is_inner
 
         stream = io.BytesIO()
-        Pickler(stream, take, self._is_resident).dump(value)
+        Pickler(stream, take, self._is_resident, self._has_path).dump(value)
         return (pickle.PickleBuffer(stream.getvalue()), *buffers)
 
 

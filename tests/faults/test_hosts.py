@@ -375,9 +375,12 @@ def test_the_same_search_again_sends_nothing(make_cluster, hosts, again):
         search = GridSearchCV(Step(seconds=0.0), {"c": [1, 2, 3]}, cv=3, n_jobs=n_jobs, refit=False).fit(X, y)
         return [search.cv_results_[f"split{fold}_test_score"].tolist() for fold in range(3)]
 
+    before = {host: host.link.traffic().received for host in hosts.far}
     with on_dask(cluster):
         first = scores(X, y)
         assert last_report().tier == "dask"
+        # A short search may be over before all hosts have got its data.
+        wait_until(lambda: all(host.link.traffic().received - before[host] > X.nbytes for host in hosts.far), SOON)
         with counting(hosts) as traffic:
             second = scores(X, y) if again == "same objects" else scores(X.copy(), y.copy())
         assert last_report().tier == "dask"
@@ -536,9 +539,14 @@ def test_a_cut_link_costs_no_result(make_cluster, hosts, tmp_path):
     cluster = make_cluster(dict.fromkeys(hosts.far, 2), environment=environment)
     data = some_data(8)
     cut_off = hosts.far[2]
-    with on_dask(cluster), striking(has_started_at(tmp_path, cut_off), cut_off.link.cut):
-        # What runs there never ends.
-        assert fingerprints(data, tmp_path, held_on=cut_off.name) == expected(data)
+    (before := tmp_path / "before").mkdir()
+    with on_dask(cluster):
+        # All hosts have the data then, so all get work at once.
+        with while_held(before, 6, lambda: None):
+            assert fingerprints(data, before) == expected(data)
+        with striking(has_started_at(tmp_path, cut_off), cut_off.link.cut):
+            # What runs there never ends.
+            assert fingerprints(data, tmp_path, held_on=cut_off.name) == expected(data)
     assert not (tmp_path / "go").exists()
 
 
