@@ -147,6 +147,9 @@ RULES = (
     # The demo is a user's program, a grid search; it imports scikit-learn in the function that runs it.
     Door("scikit-learn", ("sharing/sklearn_inside.py", "__main__.py"), imports_of("sklearn")),
     Door("loky", ("workers/process.py",), imports_of("loky", "joblib.externals.loky")),
+    # What a Dask worker may be without.
+    Door("xxhash", ("data/hashing.py",), imports_of("xxhash")),
+    Door("threadpoolctl", ("budget.py", "workers/preparation.py"), imports_of("threadpoolctl")),
     Door(
         "the inside of multiprocessing",
         ("workers/process.py", "workers/server.py", "workers/forking.py", "workers/preparation.py"),
@@ -156,7 +159,13 @@ RULES = (
     ),
     Door(
         "Dask",
-        ("cluster/client.py", "cluster/losses.py", "cluster/exchange.py", "tiers/dask.py"),
+        (
+            "cluster/client.py",
+            "cluster/losses.py",
+            "cluster/abroad.py",
+            "cluster/exchange.py",
+            "tiers/dask.py",
+        ),
         imports_of("dask", "distributed"),
     ),
     # What a worker takes over from its parent is the environment itself, not what it says about us.
