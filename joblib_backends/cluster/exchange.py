@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import pickle
 import queue
 import threading
 import time
@@ -33,7 +34,6 @@ import distributed
 import numpy as np
 
 from ..crew import Crew
-from ..data.codec import Wire
 from ..data.store import Resident, map_buffer
 from ..errors import (
     ClusterLostError,
@@ -46,7 +46,9 @@ from ..remote import Missing, process_identity, run_remotely
 from ..worker import PackedOutcome
 from .client import is_alive, nthreads, start_gather
 from .losses import failure_of, replace_worker
+from .outfit import Outfit, lacks_package
 from .ticket import Cancel, Ticket
+from .travel import by_name
 
 __all__ = ["Exchange"]
 
@@ -87,6 +89,8 @@ class Exchange:
         What is to be sent: tickets, cancellations, None to end.
     remote_objects : dict
         Dask futures of objects that are on the cluster already, by key.
+    outfit : Outfit
+        What gives the package to workers.
     wait_s : float
         Seconds for which a cluster may be without a worker.
     owns_client : bool
@@ -98,6 +102,7 @@ class Exchange:
         client: Any,
         outbox: queue.SimpleQueue[Any],
         remote_objects: dict[str, Any],
+        outfit: Outfit,
         wait_s: float,
         *,
         owns_client: bool = False,
@@ -105,6 +110,7 @@ class Exchange:
         self._client = client
         self._outbox = outbox
         self._remote_objects = remote_objects
+        self._outfit = outfit
         self._wait_s = wait_s
         self._owns_client = owns_client
         # What is done, and now and then None: look again, something has changed.
@@ -155,23 +161,17 @@ class Exchange:
 
     def _send(self, tickets: list[Ticket]) -> None:
         try:
+            self._outfit.provide()
             if not self._workers:
                 self._workers = frozenset(nthreads(self._client, self._wait_s))
             # Before they run, or their starts would be missed.
             self._hear_of_starts(tickets)
             sent = {ticket: data for ticket in tickets if (data := self._data_for(ticket)) is not None}
             self._in_flight |= {ticket.key: ticket for ticket in sent}
-            futures = self._client.map(
-                _run,
-                [ticket.wire for ticket in sent],
-                list(sent.values()),
-                [ticket.key if ticket.timeout_s else None for ticket in sent],
-                key=[ticket.key for ticket in sent],
-                remote_objects=dict(self._remote_objects),
-                origin=self._origin,
-                topic=self._topic,
-                pure=False,
-            )
+            calls = [by_name(_run, **self._batch(ticket, data)) for ticket, data in sent.items()]
+            keys = [ticket.key for ticket in sent]
+            expressions, namespaces = [call[0] for call in calls], [call[1] for call in calls]
+            futures = self._client.map(eval, expressions, namespaces, key=keys, pure=False)
         except Exception as error:
             for ticket in tickets:
                 self._end(ticket, None, self._cut_off(error))
@@ -181,6 +181,17 @@ class Exchange:
             future.add_done_callback(functools.partial(_note_done, self._done, ticket))
         # The collector may be waiting for ever, because nothing was in flight.
         self._done.put(None)
+
+    def _batch(self, ticket: Ticket, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what :func:`_run` gets; all that is ours in it is bytes to the scheduler."""
+        return {
+            "wire": pickle.dumps(ticket.wire, protocol=5),
+            "data": data,
+            "watched": ticket.key if ticket.timeout_s else None,
+            "remote_objects": dict(self._remote_objects),
+            "origin": self._origin,
+            "topic": self._topic,
+        }
 
     def _hear_of_starts(self, tickets: list[Ticket]) -> None:
         if not self._is_told_of_starts and any(ticket.timeout_s for ticket in tickets):
@@ -264,6 +275,9 @@ class Exchange:
             self._to_fetch.append(ticket)
         elif status in ("cancelled", "lost"):
             self._was_cancelled(ticket)
+        elif status == "error" and lacks_package(ticket.dask_future.exception()):
+            self._outfit.lapse()
+            self._send_again(ticket, "its worker has not been given joblib_backends")
         elif status == "error":
             self._end(ticket, None, failure_of(ticket.dask_future))
 
@@ -311,8 +325,9 @@ class Exchange:
             self._end(ticket, None, self._cut_off(None))
             return
         # With its data, which only a worker had that died; or by another scheduler, which came in the place of one
-        # that knew it, and does not tell us of starts.
+        # that knew it, and does not tell us of starts, or give workers the package.
         self._is_told_of_starts = False
+        self._outfit.lapse()
         self._send_again(ticket, f"it was {ticket.dask_future.status} on the cluster")
 
     def _send_again(self, ticket: Ticket, why: str) -> None:
@@ -437,9 +452,9 @@ def _drain(waiting: queue.SimpleQueue[Any]) -> list[Any]:
 # ---- on a worker
 
 
-def _run(wire: Wire, data: Any, watched: str | None, *, remote_objects: Any, origin: str, topic: str) -> Any:
+def _run(*, wire: bytes, data: Any, watched: str | None, remote_objects: Any, origin: str, topic: str) -> Any:
     """Run a batch; say first that it starts, if its time is limited."""
     if watched is not None:
         worker = distributed.get_worker()
         worker.log_event(topic, (watched, worker.address))
-    return run_remotely(wire, data, remote_objects, origin)
+    return run_remotely(pickle.loads(wire), data, remote_objects, origin)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from concurrent.futures import CancelledError
 from typing import Any, Final
@@ -10,6 +9,8 @@ from typing import Any, Final
 import distributed
 
 from ..errors import TaskLoadError, WorkerLostError
+from . import abroad
+from .travel import FromSource
 
 __all__ = ["failure_of", "replace_worker"]
 
@@ -17,10 +18,6 @@ _log = logging.getLogger(__name__)
 
 #: Seconds that the restart of a worker may take whose task ran too long.
 _RESTART_S: Final = 30.0
-
-#: Looks for a cancelled task, and seconds between two of them.
-_LOOKS: Final = 500
-_LOOK_S: Final = 0.01
 
 
 def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None:
@@ -33,31 +30,15 @@ def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None
         # First, or the scheduler would run it anew elsewhere, unwatched. What follows goes another way than the
         # cancellation and overtakes it, so the scheduler is asked until it has forgotten the task.
         client.cancel([future])
-        client.run_on_scheduler(_wait_until_forgotten, key=future.key)
+        client.run_on_scheduler(FromSource(abroad.wait_until_forgotten), key=future.key)
         # Not scheduler_info(), which answers with what the last of several questions was about.
         worker = client.sync(client.scheduler.identity)["workers"][address]
         if worker.get("nanny"):
             client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
         elif n_stuck >= worker["nthreads"]:
-            client.run_on_scheduler(_remove_worker, address=address)
+            client.run_on_scheduler(FromSource(abroad.remove_worker), address=address)
     except Exception as error:  # the cluster or the worker is gone meanwhile
         _log.debug("The worker %s with a task that ran too long was not restarted: %s", address, error)
-
-
-async def _wait_until_forgotten(dask_scheduler: Any, key: str) -> None:
-    """Return when the scheduler has no task of that key, or after some seconds. Runs in the scheduler."""
-    for _ in range(_LOOKS):
-        if key not in dask_scheduler.tasks:
-            return
-        await asyncio.sleep(_LOOK_S)
-
-
-async def _remove_worker(dask_scheduler: Any, address: str) -> None:
-    """Take a worker out of the cluster now. Runs in the scheduler.
-
-    Not ``retire_workers``, which waits for what the worker has in memory to be elsewhere, and it answers nobody.
-    """
-    await dask_scheduler.remove_worker(address, stimulus_id=f"task-timeout-{address}", expected=True, close=True)
 
 
 def failure_of(future: Any) -> BaseException | None:
@@ -75,10 +56,10 @@ def failure_of(future: Any) -> BaseException | None:
             how=f"Dask lost {n_deaths} workers over it",
         )
     elif not isinstance(error, CancelledError):
-        # Our function packs what tasks raise, so this came from Dask: mostly a worker without our package.
+        # Our function packs what tasks raise, so this came from Dask: mostly a worker that cannot import our package.
         failure = TaskLoadError(
             f"A Dask worker could not run the batch {future.key}: {type(error).__name__}: {error}. "
-            "If it is an import that fails: is joblib_backends installed there, in the same version?"
+            "If it is an import that fails: has the worker Python 3.11 or newer, with joblib and numpy as here?"
         )
     failure.__cause__ = error
     return failure

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -21,6 +22,7 @@ from dask.base import is_dask_collection
 from ..budget import Share, explicit_limits
 from ..cluster.client import GONE, active_client, address_and_certificates, check_blocks, connect, is_alive, nthreads
 from ..cluster.exchange import Exchange
+from ..cluster.outfit import Outfit
 from ..cluster.ticket import Cancel, Ticket
 from ..config import Config
 from ..data.codec import RemoteReference
@@ -152,7 +154,9 @@ class Connection:
             if connection is None or not is_alive(connection.client):
                 owned = cls._connect(key, config) if client is None else None
                 connection = cls._connections[key] = cls(client or owned, config.wait_for_workers, owned is not None)
-            return connection
+        # Without the lock: the user may have put code in the place of what shows warnings.
+        connection.outfit.tell()
+        return connection
 
     @classmethod
     def _connect(cls, key: object, config: Config) -> Any:
@@ -178,13 +182,27 @@ class Connection:
         self._n_threads = (0, -_CAPACITY_VALID_S)
         self._held: dict[int, tuple[Any, str]] = {}
         self._remote_objects: dict[str, Any] = {}
-        exchange = Exchange(client, self.outbox, self._remote_objects, wait_s, owns_client=owns_client)
+        self.outfit = Outfit(client, wait_s)
+        self._provide(owns_client)
+        exchange = Exchange(client, self.outbox, self._remote_objects, self.outfit, wait_s, owns_client=owns_client)
         exchange.start()
         # The threads hold the exchange and not the connection, so they end with it.
         weakref.finalize(self, self.outbox.put, None).atexit = False
 
     def __repr__(self) -> str:
         return f"<Connection {self.client!r}>"
+
+    def _provide(self, owns_client: bool) -> None:
+        # Here, so that what the workers lack is the caller's to hear; a cluster that does not answer now is found out
+        # by who asks it next, and gets what it must have with the first batch.
+        try:
+            with contextlib.suppress(*GONE):
+                if self.client.status == "running":
+                    self.outfit.provide()
+        except BaseException:
+            if owns_client:
+                self.client.close()
+            raise
 
     def n_threads(self) -> int:
         """Return the threads of all workers; wait for the first one."""
@@ -212,7 +230,7 @@ class Connection:
     def _wait_for_a_worker(self, wait_s: float) -> None:
         # A task, and not Client.wait_for_workers: an adaptive cluster starts workers when there is something to do.
         try:
-            self.client.submit(_nothing, pure=False).result(timeout=wait_s)
+            self.client.submit(int, pure=False).result(timeout=wait_s)
         except GONE as error:
             raise ClusterUnavailableError(
                 f"The Dask scheduler at {self.client.scheduler.address} has had no worker for {wait_s:g} "
@@ -227,7 +245,3 @@ class Connection:
             known = self._held[id(value)] = (value, str(future.key))
             self._remote_objects[known[1]] = future
         return known[1]
-
-
-def _nothing() -> None:
-    """Do nothing, on a worker."""
