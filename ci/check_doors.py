@@ -151,6 +151,9 @@ RULES = (
         imports_of("sklearn"),
     ),
     Door("loky", ("workers/process.py",), imports_of("loky", "joblib.externals.loky")),
+    # What a Dask worker may be without.
+    Door("xxhash", ("data/hashing.py",), imports_of("xxhash")),
+    Door("threadpoolctl", ("budget.py", "workers/preparation.py"), imports_of("threadpoolctl")),
     Door(
         "the inside of multiprocessing",
         ("workers/process.py", "workers/server.py", "workers/forking.py", "workers/preparation.py"),
@@ -161,8 +164,20 @@ RULES = (
     Door(
         "Dask",
         (
-            *("cluster/accounting.py", "cluster/address.py", "cluster/client.py", "cluster/copies.py"),
-            *("cluster/exchange.py", "cluster/local_host.py", "cluster/losses.py", "tiers/dask.py"),
+            *(
+                "cluster/abroad.py",
+                "cluster/accounting.py",
+                "cluster/address.py",
+                "cluster/client.py",
+                "cluster/copies.py",
+            ),
+            *(
+                "cluster/exchange.py",
+                "cluster/keeper.py",
+                "cluster/local_host.py",
+                "cluster/losses.py",
+                "tiers/dask.py",
+            ),
         ),
         imports_of("dask", "distributed"),
     ),

@@ -20,10 +20,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple
 
 import joblib
-import threadpoolctl
-from threadpoolctl import ThreadpoolController
 
 from .config import Config, max_cpu_count_variable, thread_kinds_fixed
+
+try:
+    import threadpoolctl
+except ImportError:
+    # A Dask worker without scikit-learn, which brings it: Dask has set its threads to one.
+    threadpoolctl = None
 
 __all__ = [
     "Share",
@@ -165,7 +169,7 @@ class _Libraries:
     """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
-    _controller: ClassVar[ThreadpoolController | None] = None
+    _controller: ClassVar[Any] = None
     _n_modules: ClassVar[int] = -1
     _search_s: ClassVar[float] = 0.010
 
@@ -176,13 +180,14 @@ class _Libraries:
 
     @classmethod
     def limit(cls, limits: Mapping[str, int]) -> Any:
-        """Set ``limits`` now and return the object that can restore what was there."""
+        """Set ``limits`` now and return the object that can restore what was there; None if nothing can be set."""
+        if threadpoolctl is None:
+            return None
         with cls._lock:
             if cls._n_modules != len(sys.modules):
                 started = time.perf_counter()
-                cls._controller, cls._n_modules = ThreadpoolController(), len(sys.modules)
+                cls._controller, cls._n_modules = threadpoolctl.ThreadpoolController(), len(sys.modules)
                 cls._search_s = time.perf_counter() - started
-            assert cls._controller is not None
             # Selected first, or the limiter would later put back the kinds that it did not limit, too.
             return cls._controller.select(user_api=list(limits)).limit(limits=dict(limits))
 
@@ -282,7 +287,8 @@ class ProcessWideLimit:
 
 
 def _let_any_thread_limit_blas() -> None:
-    clear = getattr(threadpoolctl.OpenBLASController, "clear_controlling_thread", None)
+    openblas = getattr(threadpoolctl, "OpenBLASController", None)
+    clear = getattr(openblas, "clear_controlling_thread", None)
     if clear is not None:
         clear(force=True)
 

@@ -20,6 +20,8 @@
     RecoveryWarning                  (UserWarning)      something was lost, and what was done about it
      └── CheckpointWarning                              a call goes on without its checkpoint
 
+    EnvironmentWarning               (UserWarning)      workers have other versions of something than the client
+
     RemoteTraceback                  the ``__cause__`` of an exception that a worker raised
 
 Each also derives from the class that the field uses for it, so existing ``except`` clauses still work.
@@ -40,6 +42,7 @@ __all__ = [
     "ClusterUnavailableError",
     "ConfigurationError",
     "DataLostError",
+    "EnvironmentWarning",
     "HybridError",
     "MissingDependencyError",
     "RecoveryWarning",
@@ -161,6 +164,10 @@ class CheckpointError(HybridError, OSError):
 
 class CheckpointWarning(RecoveryWarning):
     """A checkpoint cannot be used or written; the call goes on without it."""
+
+
+class EnvironmentWarning(UserWarning):
+    """Workers of a cluster have another version of Python, or of a library, than the process that sends them tasks."""
 
 
 class RemoteTraceback(Exception):

@@ -79,7 +79,7 @@ FIELD = {
 
 
 def test_the_docstring_draws_every_error():
-    warned = {"RecoveryWarning", "CheckpointWarning"}
+    warned = {"RecoveryWarning", "CheckpointWarning", "EnvironmentWarning"}
     assert {"HybridError", "RemoteTraceback", *warned, *TREE} == set(errors.__all__)
     assert all(re.search(rf" {name} ", errors.__doc__) for name in warned)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from joblib_backends.data.arrays import address_of
+from joblib_backends.data.hashing import digest_of
 from joblib_backends.data.scope import ResidentScope
-from joblib_backends.data.store import Store, digest_of
+from joblib_backends.data.store import Store
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from joblib_backends.data import store as store_module
-from joblib_backends.data.store import BufferRef, Store, digest_of, map_buffer
+from joblib_backends.data.hashing import digest_of
+from joblib_backends.data.store import BufferRef, Store, map_buffer
 from joblib_backends.errors import DataLostError, StoreError
 
 LARGE = 100_000

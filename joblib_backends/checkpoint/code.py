@@ -28,9 +28,8 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Final, Generic, TypeVar
 
-import xxhash
-
 from ..data.content import PLAIN, ContentPickler, NoContentError, is_found_by_name
+from ..data.hashing import digest_of, new_hasher
 from .modules import Import, imports_of_module, loaded_parts, modules_of, named_in, package_of, path_of, version_of
 
 __all__ = ["ByObject", "CodeIdentities", "PersistentPickler"]
@@ -98,7 +97,7 @@ class CodeIdentities:
         return version
 
     def _walk(self, root: Any) -> bytes:
-        hasher = xxhash.xxh3_128()
+        hasher = new_hasher()
         pending, positions = [root], {id(root): 0}
         for value in pending:  # grows
             node = self._node(value)
@@ -284,7 +283,7 @@ class _NodePickler(PersistentPickler):
         content = None
         if path is not None:
             with contextlib.suppress(OSError):
-                content = xxhash.xxh3_128_digest(Path(path).read_bytes())
+                content = digest_of(Path(path).read_bytes())
         imported = self._imported(imports_of_module(name), package_of(name))
         # A package may have modules that others imported, and that are reached as its attributes.
         inside = {part.__name__ for part in loaded_parts(name) if self.codes.version_of(part.__name__) is None}

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..data.content import NoContentError
-from ..data.store import digest_of
+from ..data.hashing import digest_of
 from ..thread_safety import innermost, root_package
 from .code import ByObject, CodeIdentities, PersistentPickler
 from .modules import DISTRIBUTIONS, version_of

@@ -26,8 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 
-import xxhash
-
+from ..data.hashing import new_hasher
 from ..errors import CheckpointError
 from .database import Handle, connect, first, is_damage, open_checkpoint, transaction, translated, use
 from .private import identity, move_aside
@@ -269,7 +268,7 @@ def prune(
 
 def _checksum(key: bytes, occurrence: int, result: bytes) -> bytes:
     # The key is part of it: a damaged index may lead to the row of another task.
-    checksum = xxhash.xxh3_128(occurrence.to_bytes(8, "little", signed=True))
+    checksum = new_hasher(occurrence.to_bytes(8, "little", signed=True))
     checksum.update(key)
     checksum.update(result)
     return checksum.digest()

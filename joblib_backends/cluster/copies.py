@@ -16,13 +16,14 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Hashable
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import distributed
 
-from ..data.store import Arriving, default_store, sweep_places
+from ..data.store import Arriving, default_store
+from .keeper import KeepCopies
 
-__all__ = ["PART_NBYTES", "Copy", "KeepCopies", "fetch_copy", "open_copy", "write_part"]
+__all__ = ["PART_NBYTES", "Copy", "fetch_copy", "open_copy", "write_part"]
 
 #: Bytes that travel at a time: few enough to be no matter in the memory of a worker or of the scheduler, enough to make
 #: the round trip no matter for the time. At 50 ms and 10 Gbit/s a part takes 50 ms to ask for and 13 ms to come.
@@ -39,47 +40,21 @@ class Copy(NamedTuple):
     path: str
 
 
-class KeepCopies(distributed.WorkerPlugin):
-    """Keeps the files of copies for as long as their worker has the tasks that made them."""
-
-    name = "joblib_backends-copies"
-    idempotent = True
-
-    #: Of this process, which may be several workers'. By worker and key.
-    kept: ClassVar[dict[tuple[str, Hashable], Arriving]] = {}
-
-    def setup(self, worker: Any) -> None:
-        """Remember whose tasks these are."""
-        self._worker = worker
-
-    def transition(self, key: Hashable, start: str, finish: str, **kwargs: Any) -> None:
-        """Delete a copy whose task is forgotten."""
-        if finish in ("released", "forgotten") and self.kept:
-            self.kept.pop((self._worker.address, key), None)
-
-    def teardown(self, worker: Any) -> None:
-        """Delete the copies of a worker that ends, and what others have left that were killed on this host."""
-        for address, key in list(self.kept):
-            if address == worker.address:
-                self.kept.pop((address, key), None)
-        sweep_places()
-
-
 def open_copy(nbytes: int) -> Copy:
     """Make room for a copy of so many bytes. The task whose end is that of the copy."""
-    worker, key = _this_task()
-    arriving = KeepCopies.kept[worker.address, key] = default_store().start(nbytes)
+    worker = distributed.get_worker()
+    arriving = _kept_by(worker)[worker.get_current_task()] = default_store().start(nbytes)
     return Copy(worker.address, arriving.path)
 
 
 def write_part(key: str, part: Any) -> None:
     """Add bytes to a copy of this worker, by the key of the task that opened it."""
-    KeepCopies.kept[distributed.get_worker().address, key].write(memoryview(part))
+    _kept_by(distributed.get_worker())[key].write(memoryview(part))
 
 
 def fetch_copy(nbytes: int, source: Copy) -> Copy:
     """Make a copy of another worker's. The task whose end is that of the copy."""
-    worker, key = _this_task()
+    worker = distributed.get_worker()
     arriving = default_store().start(nbytes)
     try:
         for offset in range(0, nbytes, PART_NBYTES):
@@ -88,13 +63,15 @@ def fetch_copy(nbytes: int, source: Copy) -> Copy:
         # Not with the frames of the error, which Dask may keep.
         arriving.drop()
         raise
-    KeepCopies.kept[worker.address, key] = arriving
+    _kept_by(worker)[worker.get_current_task()] = arriving
     return Copy(worker.address, arriving.path)
 
 
-def _this_task() -> tuple[Any, Hashable]:
-    worker = distributed.get_worker()
-    return worker, worker.get_current_task()
+def _kept_by(worker: Any) -> dict[Hashable, Arriving]:
+    """Return what is kept for the tasks of a worker (``keeper.py``)."""
+    keeper = worker.plugins[KeepCopies.name]
+    kept: dict[Hashable, Arriving] = keeper.kept
+    return kept
 
 
 def _ask_for_part(worker: Any, source: Copy, offset: int, nbytes: int) -> Any:

@@ -21,6 +21,7 @@ import errno
 import functools
 import logging
 import math
+import pickle
 import queue
 import threading
 import time
@@ -32,7 +33,6 @@ from typing import Any, Final, NamedTuple
 import distributed
 
 from ..crew import Crew
-from ..data.codec import Wire
 from ..errors import (
     ClusterLostError,
     ClusterUnavailableError,
@@ -43,11 +43,13 @@ from ..remote import Missing, place_of_this_process, process_identity, run_remot
 from ..worker import PackedOutcome
 from .client import is_alive, start_gather
 from .losses import failure_of, replace_worker
+from .outfit import Outfit, lacks_package
 from .outlet import relaying
 from .placement import Placement
 from .places import Places
 from .relay import Relay
 from .ticket import Cancel, Ticket
+from .travel import by_name
 
 __all__ = ["Exchange"]
 
@@ -98,6 +100,8 @@ class Exchange:
         What is to be sent: tickets, cancellations, None to end.
     remote_objects : dict
         Dask futures of objects that are on the cluster already, by key.
+    outfit : Outfit
+        What gives the package to workers.
     wait_s : float
         Seconds for which a cluster may be without a worker.
     placement : Placement
@@ -111,6 +115,7 @@ class Exchange:
         client: Any,
         outbox: queue.SimpleQueue[Any],
         remote_objects: dict[str, Any],
+        outfit: Outfit,
         wait_s: float,
         placement: Placement,
         *,
@@ -120,6 +125,7 @@ class Exchange:
         self._placement = placement
         self._outbox = outbox
         self._remote_objects = remote_objects
+        self._outfit = outfit
         self._wait_s = wait_s
         self._owns_client = owns_client
         # What is done, and now and then None: look again, something has changed.
@@ -179,6 +185,7 @@ class Exchange:
 
     def _send(self, tickets: list[Ticket]) -> None:
         try:
+            self._outfit.provide()
             if time.monotonic() - self._asked > _LOOK_EVERY_S:
                 self._note_workers()
             # Before they run, or their starts would be missed.
@@ -221,22 +228,26 @@ class Exchange:
 
     def _send_to(self, workers: frozenset[str] | None, tickets: list[Ticket]) -> None:
         options = self._placement.options if workers is None else {**self._placement.options, "workers": list(workers)}
-        futures = self._client.map(
-            _run,
-            [ticket.wire for ticket in tickets],
-            [ticket.key if ticket.timeout_s else None for ticket in tickets],
-            key=[ticket.key for ticket in tickets],
-            remote_objects=dict(self._remote_objects),
-            origin=self._origin,
-            place=self._place,
-            topic=self._topic,
-            relay_topic=self._relay.listen(tickets),
-            pure=False,
-            **options,
-        )
+        relay_topic = self._relay.listen(tickets)
+        calls = [by_name(_run, **self._batch(ticket, relay_topic)) for ticket in tickets]
+        expressions, namespaces = [call[0] for call in calls], [call[1] for call in calls]
+        keys = [ticket.key for ticket in tickets]
+        futures = self._client.map(eval, expressions, namespaces, key=keys, pure=False, **options)
         for ticket, future in zip(tickets, futures, strict=True):
             ticket.dask_future = future
             future.add_done_callback(functools.partial(_note_done, self._done, ticket))
+
+    def _batch(self, ticket: Ticket, relay_topic: str | None) -> dict[str, Any]:
+        """Return what :func:`_run` gets; all that is ours in it is bytes to the scheduler."""
+        return {
+            "wire": pickle.dumps(ticket.wire, protocol=5),
+            "watched": ticket.key if ticket.timeout_s else None,
+            "remote_objects": dict(self._remote_objects),
+            "origin": self._origin,
+            "place": self._place,
+            "topic": self._topic,
+            "relay_topic": relay_topic,
+        }
 
     def _hear_of_starts(self, tickets: list[Ticket]) -> None:
         if not self._is_told_of_starts and any(ticket.timeout_s for ticket in tickets):
@@ -308,6 +319,9 @@ class Exchange:
             self._to_fetch.append(ticket)
         elif status in ("cancelled", "lost"):
             self._was_cancelled(ticket)
+        elif status == "error" and lacks_package(ticket.dask_future.exception()):
+            self._outfit.lapse()
+            self._send_again(ticket, "its worker has not been given joblib_backends")
         elif status == "error":
             self._end(ticket, None, failure_of(ticket.dask_future))
 
@@ -377,9 +391,10 @@ class Exchange:
             self._end(ticket, None, self._cut_off(None))
             return
         # With its data, which only a worker had that died; or by another scheduler, which came in the place of one
-        # that knew it, and does not tell us of starts.
+        # that knew it, and does not tell us of starts, or give workers the package.
         self._is_told_of_starts = False
         self._relay.subscribe_again()
+        self._outfit.lapse()
         self._send_again(ticket, f"it was {ticket.dask_future.status} on the cluster")
 
     def _send_again(self, ticket: Ticket, why: str) -> None:
@@ -517,9 +532,9 @@ def _drain(waiting: queue.SimpleQueue[Any]) -> list[Any]:
 
 
 def _run(
-    wire: Wire,
-    watched: str | None,
     *,
+    wire: bytes,
+    watched: str | None,
     remote_objects: Any,
     origin: str,
     place: str,
@@ -531,4 +546,4 @@ def _run(
     if watched is not None:
         worker.log_event(topic, (watched, worker.address))
     with relaying(worker, relay_topic):
-        return run_remotely(wire, remote_objects, origin, place, worker.address)
+        return run_remotely(pickle.loads(wire), remote_objects, origin, place, worker.address)

@@ -10,6 +10,8 @@ from typing import Any, Final
 import distributed
 
 from ..errors import TaskLoadError, WorkerLostError
+from . import abroad
+from .travel import FromSource
 
 __all__ = ["failure_of", "replace_worker"]
 
@@ -38,7 +40,7 @@ def replace_worker(client: Any, future: Any, address: str, n_stuck: int) -> None
         if worker.get("nanny"):
             client.restart_workers([address], timeout=_RESTART_S, raise_for_error=False)
         elif n_stuck >= worker["nthreads"]:
-            client.run_on_scheduler(_remove_worker, address=address)
+            client.run_on_scheduler(FromSource(abroad.remove_worker), address=address)
     except Exception as error:  # the cluster or the worker is gone meanwhile
         _log.debug("The worker %s with a task that ran too long was not restarted: %s", address, error)
 
@@ -52,14 +54,6 @@ def _wait_until_cancelled(client: Any, key: str, address: str) -> None:
         if key not in client.processing(workers=[address]).get(address, ()):
             return
         time.sleep(_LOOK_S)
-
-
-async def _remove_worker(dask_scheduler: Any, address: str) -> None:
-    """Take a worker out of the cluster now. Runs in the scheduler.
-
-    Not ``retire_workers``, which waits for what the worker has in memory to be elsewhere, and it answers nobody.
-    """
-    await dask_scheduler.remove_worker(address, stimulus_id=f"task-timeout-{address}", expected=True, close=True)
 
 
 def failure_of(future: Any) -> BaseException | None:
@@ -77,10 +71,10 @@ def failure_of(future: Any) -> BaseException | None:
             how=f"Dask lost {n_deaths} workers over it",
         )
     elif not isinstance(error, CancelledError):
-        # Our function packs what tasks raise, so this came from Dask: mostly a worker without our package.
+        # Our function packs what tasks raise, so this came from Dask: mostly a worker that cannot import our package.
         failure = TaskLoadError(
             f"A Dask worker could not run the batch {future.key}: {type(error).__name__}: {error}. "
-            "If it is an import that fails: is joblib_backends installed there, in the same version?"
+            "If it is an import that fails: has the worker Python 3.11 or newer, with joblib and numpy as here?"
         )
     failure.__cause__ = error
     return failure

@@ -20,8 +20,9 @@ from ..errors import ClusterLostError
 from ..remote import Missing, note_copies, place_of_this_process
 from .accounting import CountOwnMemory, CountOwnMemoryOfWorker
 from .client import GONE, run_on_workers
-from .copies import KeepCopies
+from .keeper import KeepCopies
 from .spread import Spread
+from .travel import made_from_source
 
 __all__ = ["Places"]
 
@@ -153,8 +154,8 @@ class Places:
         """Have the workers, and those that join later, do what the files need; once."""
         if not self._is_prepared:
             self._is_prepared = True
-            for plugin in (KeepCopies(), CountOwnMemory(), CountOwnMemoryOfWorker()):
-                self._client.register_plugin(plugin)
+            for plugin in (KeepCopies, CountOwnMemory, CountOwnMemoryOfWorker):
+                self._client.register_plugin(made_from_source(plugin))
 
     def _ask(self, function: Callable[..., Any], workers: Collection[str], *args: Any) -> dict[str, Any]:
         """Return what a function returns on each of some workers; on one that does not answer in time, nothing."""

@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple
 from ..crew import Crew
 from ..data.store import Resident, map_buffer
 from .copies import PART_NBYTES, Copy, fetch_copy, open_copy, write_part
+from .travel import by_name
 
 __all__ = ["Spread"]
 
@@ -174,7 +175,8 @@ class Spread:
 
     def _submit(self, function: Callable[..., Any], *args: Any, workers: list[str], key: str | None = None) -> Any:
         key = key or f"joblib_backends-copy-{uuid.uuid4().hex}"
-        return self._client.submit(function, *args, workers=workers, key=key, pure=False, priority=_PRIORITY)
+        call = by_name(function, *args)
+        return self._client.submit(eval, *call, workers=workers, key=key, pure=False, priority=_PRIORITY)
 
     def _bring_from_here(self, place: str) -> None:
         keeper = None

@@ -28,15 +28,15 @@ from typing import Any, Final
 
 import cloudpickle
 import numpy as np
-import xxhash
 
 from ..budget import Share
 from ..config import Config
 from ..errors import StoreError, TaskPicklingError
 from .arrays import address_of, owns_all, root_owner
+from .hashing import CHECKSUM_NBYTES, checksum, digest_of, is_intact
 from .pickler import Pickler, Standalone
 from .scope import ResidentScope
-from .store import BufferRef, Resident, digest_of, map_buffer
+from .store import BufferRef, Resident, map_buffer
 from .values import Task, cannot_change, has_only_leaves, is_large, is_small_and_immutable
 
 __all__ = [
@@ -55,9 +55,6 @@ __all__ = [
 Pickle = tuple[bytes, list[BufferRef]]
 Wire = tuple[list[Pickle], list[Pickle], bytes, Share, bytes]
 
-
-#: Before each pickle: its xxh3_64.
-_DIGEST_NBYTES: Final = 8
 
 #: Bytes from which a buffer of a scattered object is placed; smaller ones travel as fast in the pickle.
 _SCATTERED_FROM: Final = 1_024
@@ -312,8 +309,9 @@ def load(stream: bytes, refs: Iterable[BufferRef]) -> Any:
     DataLostError
         If a buffer is not there.
     """
-    pickled = memoryview(stream)[_DIGEST_NBYTES:]
-    if xxhash.xxh3_64_digest(pickled) != bytes(stream[:_DIGEST_NBYTES]):
+    # Each pickle comes behind its checksum.
+    pickled = memoryview(stream)[CHECKSUM_NBYTES:]
+    if not is_intact(pickled, bytes(stream[:CHECKSUM_NBYTES])):
         raise ValueError(f"{len(stream)} bytes were damaged on their way")
     return pickle.loads(pickled, buffers=[map_buffer(BufferRef(*ref)) for ref in refs])
 
@@ -345,7 +343,7 @@ class _Pickling:
         # holds the context, with its workers, until the garbage collector comes by.
         Pickler(stream, self._take_buffer, self._encoder.is_resident, self._encoder.has_path).dump(value)
         pickled = stream.getvalue()
-        return xxhash.xxh3_64_digest(pickled) + pickled, self._refs
+        return checksum(pickled) + pickled, self._refs
 
     def dump_tasks(self, tasks: Sequence[Task]) -> list[Pickle]:
         """Return one pickle for all tasks if they are small and nothing in them can change, else one for each."""

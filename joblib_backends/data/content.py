@@ -20,10 +20,9 @@ from types import FunctionType, ModuleType
 from typing import Any, Final
 
 import numpy as np
-import xxhash
 
 from .arrays import as_memmap_reference
-from .store import digest_of
+from .hashing import digest_of
 
 __all__ = ["PLAIN", "ContentPickler", "NoContentError", "content_of", "is_found_by_name"]
 
@@ -79,7 +78,7 @@ class ContentPickler(pickle.Pickler):
             raise
         except Exception as error:
             raise NoContentError(f"A {type(value).__name__} has no content to compare: {error}.") from error
-        return xxhash.xxh3_128_digest(self._stream.getbuffer())
+        return digest_of(self._stream.getbuffer())
 
     def persistent_id(self, value: Any) -> Any:
         kind = type(value)

@@ -25,12 +25,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
-
-import xxhash
+from typing import Final, NamedTuple, TypeVar
 
 from ..config import temp_folder_from_environment
 from ..errors import DataLostError, StoreError
+from .hashing import digest_of
 
 try:
     import fcntl
@@ -43,7 +42,6 @@ __all__ = [
     "Resident",
     "Store",
     "default_store",
-    "digest_of",
     "map_buffer",
     "reserve",
     "sweep_places",
@@ -109,11 +107,6 @@ class Resident:
         if key not in self._slices:
             self._slices[key] = digest_of(map_buffer(self.ref(offset, nbytes)))
         return self._slices[key]
-
-
-def digest_of(buffer: Any) -> bytes:
-    """Return the address of a contiguous buffer's content: xxh3_128 (xxHash, 30 GB/s here, releases the GIL)."""
-    return xxhash.xxh3_128_digest(buffer)
 
 
 def map_buffer(ref: BufferRef) -> memoryview:

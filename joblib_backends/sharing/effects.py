@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from ..data.content import NoContentError, content_of
-from ..data.store import digest_of
+from ..data.hashing import digest_of
 from ..data.values import LARGE_CONTAINER, has_only_leaves
 from ..thread_safety import root_package
 from .warned import Noted, noting, show_again

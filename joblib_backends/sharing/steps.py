@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import xxhash
-
 from ..data.content import NoContentError, content_of
+from ..data.hashing import digest_of
 from .ledger import Prefixes
 from .sklearn_inside import (
     can_be_followed,
@@ -40,7 +39,7 @@ class Step(NamedTuple):
 def derived(*parts: str | bytes) -> str:
     """Return the identity of what follows from ``parts``."""
     whole = b"\0".join(part.encode() if isinstance(part, str) else part for part in parts)
-    return xxhash.xxh3_128_hexdigest(whole)
+    return digest_of(whole).hex()
 
 
 def steps_of(estimator: Any, *, by_place: bool = False) -> tuple[Step, ...]:

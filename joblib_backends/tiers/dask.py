@@ -24,6 +24,7 @@ from ..cluster.address import address_of, is_named
 from ..cluster.client import GONE, active_client, address_and_certificates, check_blocks, connect, is_alive
 from ..cluster.exchange import Exchange
 from ..cluster.local import LocalCluster
+from ..cluster.outfit import Outfit
 from ..cluster.placement import Placement, most_slots
 from ..cluster.sklearn_transport import keep_keys_here
 from ..cluster.ticket import Cancel, Ticket
@@ -172,7 +173,9 @@ class Connection:
             if connection is None or not is_alive(connection.client):
                 connection = cls(client(), config.wait_for_workers, Placement.of(config), owns_client)
                 cls._connections[key] = connection
-            return connection
+        # Without the lock: the user may have put code in the place of what shows warnings.
+        connection.outfit.tell()
+        return connection
 
     @classmethod
     def _connect(cls, key: object, config: Config, address: str) -> Any:
@@ -204,13 +207,29 @@ class Connection:
         self._n_slots = (0, -_CAPACITY_VALID_S)
         self._held: dict[int, tuple[Any, str]] = {}
         self._remote_objects: dict[str, Any] = {}
-        exchange = Exchange(client, self.outbox, self._remote_objects, wait_s, placement, owns_client=owns_client)
+        self.outfit = Outfit(client, wait_s)
+        self._provide(owns_client)
+        exchange = Exchange(
+            client, self.outbox, self._remote_objects, self.outfit, wait_s, placement, owns_client=owns_client
+        )
         exchange.start()
         # The threads hold the exchange and not the connection, so they end with it.
         weakref.finalize(self, self.outbox.put, None).atexit = False
 
     def __repr__(self) -> str:
         return f"<Connection {self.client!r}>"
+
+    def _provide(self, owns_client: bool) -> None:
+        # Here, so that what the workers lack is the caller's to hear; a cluster that does not answer now is found out
+        # by who asks it next, and gets what it must have with the first batch.
+        try:
+            with contextlib.suppress(*GONE):
+                if self.client.status == "running":
+                    self.outfit.provide()
+        except BaseException:
+            if owns_client:
+                self.client.close()
+            raise
 
     def n_slots(self) -> int:
         """Return how many batches can run at once, on all workers that match; wait for the first one."""
@@ -233,7 +252,7 @@ class Connection:
     def _wait_for_a_worker(self, wait_s: float) -> None:
         # A task, and not Client.wait_for_workers: an adaptive cluster starts workers when there is something to do.
         try:
-            self.client.submit(_nothing, pure=False, **self._placement.options).result(timeout=wait_s)
+            self.client.submit(int, pure=False, **self._placement.options).result(timeout=wait_s)
         except GONE as error:
             such = f" with {self._placement}" if str(self._placement) else ""
             raise ClusterUnavailableError(
@@ -249,7 +268,3 @@ class Connection:
             known = self._held[id(value)] = (value, str(future.key))
             self._remote_objects[known[1]] = future
         return known[1]
-
-
-def _nothing() -> None:
-    """Do nothing, on a worker."""

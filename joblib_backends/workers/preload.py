@@ -80,10 +80,11 @@ def is_installed(name: str, module: Any) -> bool:
 def search_path() -> list[str]:
     """Return where a server looks for modules: not where the user's own are."""
     installed = [entry for entry in sys.path if entry and os.path.join(entry, "").startswith(_installed_prefixes())]
-    # Our own package may be an editable install; last, because its folder holds more than the package.
     own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     zipped = [entry for entry in sys.path if entry.endswith(f"python{sys.version_info[0]}{sys.version_info[1]}.zip")]
-    return [*dict.fromkeys([*zipped, *installed, own])]
+    # Our own package may be an editable install; last, because its folder holds more than the package. A zip that came
+    # to a Dask worker holds nothing else, and another version may be installed there.
+    return [*dict.fromkeys([*zipped, *installed, own] if os.path.isdir(own) else [own, *zipped, *installed])]
 
 
 @functools.cache

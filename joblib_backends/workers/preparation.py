@@ -13,7 +13,11 @@ import sys
 from multiprocessing import process
 from typing import Any, Final
 
-import threadpoolctl
+try:
+    import threadpoolctl
+except ImportError:
+    # On a Dask worker without scikit-learn, which brings it.
+    threadpoolctl = None
 
 __all__ = ["environment_of_server", "prepare", "snapshot", "thread_variables"]
 
@@ -85,6 +89,6 @@ def _keep_to_variables(environment: dict[str, str]) -> None:
     if _limiter is not None:
         _limiter.restore_original_limits()
         _limiter = None
-    if limits:
+    if limits and threadpoolctl is not None:
         controller = threadpoolctl.ThreadpoolController().select(user_api=list(limits))
         _limiter = controller.limit(limits=limits)

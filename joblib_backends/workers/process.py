@@ -14,8 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from loky.backend.context import get_context
-
 from . import frames
 from .forking import ENDED
 from .main import run_spawned_worker
@@ -205,13 +203,22 @@ class ForkedWorker(WorkerProcess):
         return sentinel >= 0
 
 
+def _loky_context() -> Any:
+    """Return loky's ways to start processes; those of joblib's own copy on a Dask worker that has no other."""
+    try:
+        from loky.backend.context import get_context
+    except ImportError:
+        from joblib.externals.loky.backend.context import get_context
+    return get_context("loky")
+
+
 class SpawnedWorker(WorkerProcess):
     """A fresh interpreter, started by loky."""
 
     way = "spawned"
 
     def _start(self, theirs: socket.socket) -> None:
-        make: Any = get_context("loky").Process
+        make: Any = _loky_context().Process
         self._process = make(target=run_spawned_worker, args=(theirs,), name="joblib_backends-worker")
         try:
             self._process.start()
