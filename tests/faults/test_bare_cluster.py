@@ -48,7 +48,7 @@ class Interpreters:
         self._processes = []
 
     def fork(self, command, *arguments, log, environment=None, private_shm=False, hidden=(), holder=None):
-        assert not (private_shm or hidden or holder), "these live on this host"
+        assert (private_shm, tuple(hidden), holder) == (False, (), None), "these live on this host"
         inherited = {name: text for name, text in os.environ.items() if not name.startswith(("JOBLIB", "DASK"))}
         path = [str(HERE / "bare"), str(HERE)]
         inherited |= {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", **(environment or {})}
