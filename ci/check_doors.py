@@ -164,20 +164,9 @@ RULES = (
     Door(
         "Dask",
         (
-            *(
-                "cluster/abroad.py",
-                "cluster/accounting.py",
-                "cluster/address.py",
-                "cluster/client.py",
-                "cluster/copies.py",
-            ),
-            *(
-                "cluster/exchange.py",
-                "cluster/keeper.py",
-                "cluster/local_host.py",
-                "cluster/losses.py",
-                "tiers/dask.py",
-            ),
+            *("cluster/abroad.py", "cluster/accounting.py", "cluster/address.py", "cluster/client.py"),
+            *("cluster/copies.py", "cluster/keeper.py", "cluster/local_host.py", "cluster/losses.py"),
+            *("cluster/running.py", "tiers/dask.py"),
         ),
         imports_of("dask", "distributed"),
     ),

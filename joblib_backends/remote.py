@@ -90,8 +90,10 @@ def place_of_this_process() -> str:
     """Return what names the place of this process' files: the same in all processes that find each other's there.
 
     That is a mounted file system, which has one number in all containers of a kernel, and a user, who alone may read.
+    Processes that see other mounts may share ``/dev/shm`` and still have another ``/tmp``.
     """
-    return "|".join([_kernel(), str(getattr(os, "getuid", int)()), *map(_file_system, ("/dev/shm", _temp_folder()))])
+    user = str(getattr(os, "getuid", int)())
+    return "|".join([_kernel(), _mounts(), user, *map(_file_system, ("/dev/shm", _temp_folder()))])
 
 
 def _kernel() -> str:
@@ -99,6 +101,12 @@ def _kernel() -> str:
         # Another number each time that it starts.
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
+
+
+def _mounts() -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/mnt")
+    return ""
 
 
 def _file_system(folder: str) -> str:

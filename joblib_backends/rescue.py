@@ -145,7 +145,10 @@ class Rescue:
             pieces = pieces_of(batch, self._config)
         if batch.payload is not None:
             # Always: a worker that reads from a file that was cut short is killed for it.
-            self._router.place_again(batch.payload, fault)
+            is_news = self._router.place_again(batch.payload, fault)
+            if is_news:
+                # A task may have several such files, of which each try finds one.
+                batch.n_replaced -= 1
         self._tally.add_fault(retries=1)
         was_started = bool(batch.started)
         for piece in pieces:

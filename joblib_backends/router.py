@@ -106,10 +106,10 @@ class Router:
             self._tally.add_payload(self._encoder.scatter(values), 0, 0)
             self._warm[key] = True
 
-    def place_again(self, payload: Payload, fault: BaseException) -> None:
+    def place_again(self, payload: Payload, fault: BaseException) -> bool:
         """Have what a batch refers to, and is not there any more, placed anew when the batch is next encoded.
 
-        A file of the user's that a worker does not have goes there by content.
+        A file of the user's that a worker does not have goes there by content; returns whether that is news.
 
         Raises
         ------
@@ -117,8 +117,10 @@ class Router:
             If tasks write to it in common (``mmap_mode="r+"``): what they have written is nowhere else.
         """
         lost = self._scope.store.forget_lost(payload.residents)
+        is_news = False
         path = fault.filename if isinstance(fault, DataLostError) else None
         if path is not None and self._encoder is not None and path not in {one.path for one in payload.residents}:
+            is_news = self._encoder.has_path(path)
             self._encoder.send_content_of(path)
         _log.debug("%d of %d residents of a batch are gone", len(lost), len(payload.residents))
         for resident in lost:
@@ -129,6 +131,7 @@ class Router:
                     "they have written with it. Was its file deleted? Run the call again",
                     resident.path,
                 )
+        return is_news
 
     def leave_cluster(self, n_jobs: int) -> bool:
         """Open tiers for fewer jobs from now on; return whether batches can go there."""

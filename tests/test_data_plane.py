@@ -482,14 +482,12 @@ def test_workers_that_cannot_read_the_clients_files_get_the_data_through_dask(ba
 def test_remote_workers_keep_no_file_once_the_client_lets_go(dask, dask_client, remote_workers):
     with dask():
         assert Parallel()(delayed(total)(np.full(LARGE, 3.0)) for _ in range(2)) == [3 * LARGE] * 2
-        assert max(dask_client.run(count_residents).values()) >= 1
-    gc.collect()
-    assert eventually(lambda: max(dask_client.run(count_residents).values()) <= 3)
+        assert max(dask_client.run(count_copies).values()) >= 1
+    assert eventually(lambda: max(dask_client.run(count_copies).values()) == 0)
 
 
-def count_residents():
-    gc.collect()
-    return len(default_store().residents)
+def count_copies(dask_worker):
+    return len(dask_worker.plugins["joblib_backends-copies"].kept)
 
 
 def test_descriptors_do_not_grow_with_what_is_placed_and_gone(processes):

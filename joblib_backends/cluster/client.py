@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Final
 
 import distributed
@@ -22,6 +23,7 @@ __all__ = [
     "descriptions",
     "is_alive",
     "nthreads",
+    "register_plugin",
     "run_on_workers",
     "start_gather",
 ]
@@ -142,23 +144,62 @@ async def _gather(client: Any, keys: list[str]) -> dict[str, Any]:
     return {}
 
 
+def register_plugin(client: Any, plugin: Any, timeout_s: float, *, again: bool = False) -> None:
+    """Have all workers, or nannies, get a plugin, and those that join later; some may get it later than this returns.
+
+    As ``Client.register_plugin`` does, which cannot be told how long to wait.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        The client.
+    plugin : WorkerPlugin or NannyPlugin
+        The plugin.
+    timeout_s : float
+        Seconds to wait for all of them.
+    again : bool, default=False
+        Whether to give it also to those that should have it.
+    """
+    is_for_nannies = isinstance(plugin, distributed.NannyPlugin)
+    scheduler = client.scheduler
+    register = scheduler.register_nanny_plugin if is_for_nannies else scheduler.register_worker_plugin
+    with contextlib.suppress(TimeoutError):
+        client.sync(
+            register,
+            plugin=pickle.dumps(plugin, protocol=5),
+            name=plugin.name,
+            idempotent=plugin.idempotent and not again,
+            callback_timeout=timeout_s,
+        )
+
+
 def run_on_workers(
     client: Any, function: Callable[..., Any], workers: Collection[str], *args: Any, timeout_s: float
 ) -> dict[str, Any]:
-    """Return what a function returns on each of some workers, by address; those that it fails on are left out.
+    """Return what a function returns on each of some workers, by address; without those that fail or do not answer.
 
-    Raises
-    ------
-    TimeoutError
-        If not all have answered within ``timeout_s`` seconds.
-    OSError
-        If the scheduler is gone.
+    Each is asked by itself, for one that does not answer within ``timeout_s`` seconds would cost the answers of all.
     """
     if not workers:
         return {}
-    return dict(
-        client.sync(client._run, function, *args, workers=list(workers), on_error="ignore", callback_timeout=timeout_s)
-    )
+    answers = client.sync(_ask_each, client, function, list(workers), args, timeout_s)
+    return {worker: answer for worker, answer in zip(workers, answers, strict=True) if answer is not _NO_ANSWER}
+
+
+_NO_ANSWER: Final = object()
+
+
+async def _ask_each(
+    client: Any, function: Callable[..., Any], workers: Sequence[str], args: Sequence[Any], timeout_s: float
+) -> list[Any]:
+    async def ask(worker: str) -> Any:
+        try:
+            asked = client._run(function, *args, workers=[worker], on_error="ignore")
+            return (await asyncio.wait_for(asked, timeout_s)).get(worker, _NO_ANSWER)
+        except (TimeoutError, *GONE, CancelledError):
+            return _NO_ANSWER
+
+    return list(await asyncio.gather(*map(ask, workers)))
 
 
 def nthreads(client: Any, timeout_s: float) -> dict[str, int]:

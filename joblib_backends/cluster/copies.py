@@ -52,13 +52,18 @@ def write_part(key: str, part: Any) -> None:
     _kept_by(distributed.get_worker())[key].write(memoryview(part))
 
 
-def fetch_copy(nbytes: int, source: Copy) -> Copy:
-    """Make a copy of another worker's. The task whose end is that of the copy."""
+def fetch_copy(nbytes: int, address: str, path: str) -> Copy:
+    """Make a copy of a file that another worker can read. The task whose end is that of the copy.
+
+    Its arguments are builtins: the scheduler reads them, and has nothing of ours.
+    """
     worker = distributed.get_worker()
     arriving = default_store().start(nbytes)
     try:
         for offset in range(0, nbytes, PART_NBYTES):
-            arriving.write(memoryview(_ask_for_part(worker, source, offset, min(PART_NBYTES, nbytes - offset))))
+            arriving.write(
+                memoryview(_ask_for_part(worker, Copy(address, path), offset, min(PART_NBYTES, nbytes - offset)))
+            )
     except BaseException:
         # Not with the frames of the error, which Dask may keep.
         arriving.drop()

@@ -122,6 +122,10 @@ class LocalCluster:
         except OSError as error:
             os.close(self._lifeline)
             raise ClusterUnavailableError(f"No process for a local Dask cluster could be started: {error}.") from error
+        except BaseException:
+            # Ctrl-C, while its workers start: with the lifeline they end.
+            os.close(self._lifeline)
+            raise
         finally:
             os.close(reading)
         self.address = str(reply.get("address"))

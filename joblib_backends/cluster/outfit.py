@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import pickle
 import threading
 import warnings
 import weakref
@@ -27,7 +26,8 @@ from typing import Any, ClassVar, Final
 from ..crew import Crew
 from ..errors import EnvironmentWarning, MissingDependencyError
 from . import abroad
-from .client import GONE, nthreads
+from .client import GONE, register_plugin
+from .placement import Placement
 from .travel import PACKAGE, PLUGIN_PREFIX, FromSource, luggage
 from .versions import DISTRIBUTIONS, Difference, differences, lacking, what_differs, what_lacks
 
@@ -58,17 +58,20 @@ class Outfit:
         The client.
     wait_s : float
         Seconds that workers may take to answer.
+    placement : Placement
+        Which workers matter.
     """
 
     #: Guards what is known, and news; nothing of anybody else's runs under it.
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _clusters: ClassVar[dict[str, _Cluster]] = {}
 
-    def __init__(self, client: Any, wait_s: float) -> None:
+    def __init__(self, client: Any, wait_s: float, placement: Placement) -> None:
         self._client = client
         self._wait_s = wait_s
+        self._placement = placement
         self._own = _own_survey()
-        self._is_provided = self._is_surveyed = False
+        self._is_provided = self._is_surveyed = self._has_lapsed = False
         self._cluster = _Cluster()
         self._news: list[str] = []
 
@@ -94,7 +97,7 @@ class Outfit:
         # Before the question who is there: who joins while it is answered is not taken for gone.
         with self._lock:
             known = dict(self._cluster.reports)
-        present = frozenset(nthreads(self._client, self._wait_s))
+        present = frozenset(self._placement.slots(self._client, self._wait_s))
         new = self._survey({a for a in present if a not in known or lacking({a: known[a]})})
         with self._lock:
             reports = self._cluster.reports
@@ -109,7 +112,7 @@ class Outfit:
 
     def lapse(self) -> None:
         """Provide again before the next batch: workers do not have the package after all."""
-        self._is_provided = False
+        self._is_provided, self._has_lapsed = False, True
 
     def _register(self, plugin: Any) -> None:
         # As Client.register_plugin does, which cannot be told how long to wait.
@@ -118,14 +121,8 @@ class Outfit:
         )
         with self._lock:
             self._cluster = self._clusters.setdefault(scheduler, _Cluster())
-        with contextlib.suppress(TimeoutError):
-            self._client.sync(
-                self._client.scheduler.register_worker_plugin,
-                plugin=pickle.dumps(plugin, protocol=5),
-                name=plugin.name,
-                idempotent=plugin.idempotent,
-                callback_timeout=self._wait_s,
-            )
+        # A scheduler that has it gives it to nobody again, unless it is told to.
+        register_plugin(self._client, plugin, self._wait_s, again=self._has_lapsed)
 
     def _survey(self, workers: Collection[str]) -> dict[str, Mapping[str, Any]]:
         """Ask workers what they have; some may not answer."""
@@ -199,4 +196,4 @@ def _hearing(outfit: weakref.ref[Outfit]) -> Any:
 
 def lacks_package(error: BaseException | None) -> bool:
     """Return whether a task failed because its worker does not have this package."""
-    return isinstance(error, ModuleNotFoundError) and error.name == PACKAGE
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == PACKAGE

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import CancelledError
 from typing import Any, Final
 
 from ..data.store import Resident
 from ..errors import ClusterLostError
 from ..remote import Missing, note_copies, place_of_this_process
 from .accounting import CountOwnMemory, CountOwnMemoryOfWorker
-from .client import GONE, run_on_workers
+from .client import register_plugin, run_on_workers
 from .keeper import KeepCopies
 from .spread import Spread
 from .travel import made_from_source
@@ -28,8 +28,11 @@ __all__ = ["Places"]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds within which a worker must say where it finds files; one that does not may be leaving.
+#: Seconds within which workers must answer; one that does not may be leaving, or be busy with something that holds it.
 _ASK_S: Final = 5.0
+
+#: Seconds for which one that has not answered gets no batch with data, and no question.
+_SILENT_S: Final = 10.0
 
 
 class Places:
@@ -50,6 +53,8 @@ class Places:
         self._lock = threading.Lock()
         self._place_of: dict[str, str] = {}
         self._alive: frozenset[str] = frozenset()
+        # Workers that have not answered, until when they are not asked again: each time would hold up all batches.
+        self._silent_until: dict[str, float] = {}
         self._spreads: weakref.WeakKeyDictionary[Resident, Spread] = weakref.WeakKeyDictionary()
         self._is_prepared = False
 
@@ -59,8 +64,12 @@ class Places:
     def look(self, workers: frozenset[str]) -> None:
         """Note which workers there are, and ask those that are new where they find files."""
         self._prepare_workers()
-        self._alive = workers
-        new = workers - self._place_of.keys()
+        now = time.monotonic()
+        with self._lock:
+            self._alive = workers
+            self._place_of = {worker: place for worker, place in self._place_of.items() if worker in workers}
+            self._silent_until = {w: end for w, end in self._silent_until.items() if w in workers and end > now}
+            new = workers - self._place_of.keys() - self._silent_until.keys()
         if not new:
             return
         answers = self._ask(place_of_this_process, new)
@@ -68,6 +77,14 @@ class Places:
             self._tell_of_copies(worker, place)
         with self._lock:
             self._place_of |= answers
+            self._silent_until |= dict.fromkeys(new - answers.keys(), time.monotonic() + _SILENT_S)
+
+    def start_anew(self) -> None:
+        """Forget all that was said and done: another scheduler, with other workers, may have come."""
+        with self._lock:
+            self._is_prepared = False
+            self._place_of, self._silent_until = {}, {}
+            self._spreads = weakref.WeakKeyDictionary()
 
     def workers_for(self, residents: Iterable[Resident]) -> frozenset[str] | None:
         """Return the workers that have all of some buffers, None if all do; have them brought to the others.
@@ -93,19 +110,21 @@ class Places:
                 if not spread.can_reach(place):
                     unreachable.add(place)
                     problem = spread.problem
-        if not lacking:
+        if not lacking and not self._silent_until:
             return None
-        if unreachable >= places:
+        if places and unreachable >= places:
             raise ClusterLostError(
                 f"The data of a batch could not be brought to any Dask worker: {problem or _NOT_SHARED}. Give the "
                 "workers more shared memory, or start them on this machine."
             )
-        return frozenset(worker for worker in self._alive if self._place_of.get(worker, self._own) not in lacking)
+        return frozenset(worker for worker in self._alive if self._place_of.get(worker) in places - lacking)
 
     def refute(self, missing: Missing, residents: Iterable[Resident]) -> None:
         """Take note of what a worker does not have."""
         self.look(self._alive | {missing.worker})
-        place = self._place_of.get(missing.worker, self._own)
+        place = self._place_of.get(missing.worker)
+        if place is None:
+            return
         for resident in residents:
             if resident.path not in missing.paths:
                 continue
@@ -120,8 +139,7 @@ class Places:
 
     def _places(self) -> set[str]:
         with self._lock:
-            # A worker that has not answered is taken for one that can map our files; it says so if it cannot.
-            return {self._place_of.get(worker, self._own) for worker in self._alive}
+            return {self._place_of[worker] for worker in self._alive if worker in self._place_of}
 
     def _places_of(self, resident: Resident, spread: Spread | None) -> set[str]:
         if spread is None:
@@ -130,22 +148,24 @@ class Places:
         return {*own, *spread.copies}
 
     def _spread_of(self, resident: Resident) -> Spread:
-        spread = self._spreads.get(resident)
-        if spread is None:
-            spread = Spread(self._client, resident, self._workers_in, self._note_arrival, self._changed, self._own)
-            self._spreads[resident] = spread
-        return spread
+        with self._lock:
+            spread = self._spreads.get(resident)
+            if spread is None:
+                spread = Spread(self._client, resident, self._workers_in, self._note_arrival, self._changed, self._own)
+                self._spreads[resident] = spread
+            return spread
 
     def _workers_in(self, place: str) -> list[str]:
         with self._lock:
-            return sorted(worker for worker in self._alive if self._place_of.get(worker, self._own) == place)
+            return sorted(worker for worker in self._alive if self._place_of.get(worker) == place)
 
     def _note_arrival(self, place: str, path: str, path_there: str) -> None:
         self._ask(note_copies, self._workers_in(place), {path: path_there})
 
     def _tell_of_copies(self, worker: str, place: str) -> None:
         """Tell a worker that has joined of the copies in its place."""
-        spreads = list(self._spreads.items())
+        with self._lock:
+            spreads = list(self._spreads.items())
         copies = {resident.path: spread.copies[place].path for resident, spread in spreads if place in spread.copies}
         if copies:
             self._ask(note_copies, [worker], copies)
@@ -153,17 +173,16 @@ class Places:
     def _prepare_workers(self) -> None:
         """Have the workers, and those that join later, do what the files need; once."""
         if not self._is_prepared:
+            for kind in (KeepCopies, CountOwnMemory, CountOwnMemoryOfWorker):
+                register_plugin(self._client, made_from_source(kind), _ASK_S)
             self._is_prepared = True
-            for plugin in (KeepCopies, CountOwnMemory, CountOwnMemoryOfWorker):
-                self._client.register_plugin(made_from_source(plugin))
 
     def _ask(self, function: Callable[..., Any], workers: Collection[str], *args: Any) -> dict[str, Any]:
         """Return what a function returns on each of some workers; on one that does not answer in time, nothing."""
-        try:
-            return run_on_workers(self._client, function, workers, *args, timeout_s=_ASK_S)
-        except (*GONE, CancelledError) as error:
-            _log.debug("%s was not answered by all of %d workers: %s", function.__name__, len(workers), error)
-            return {}
+        answers = run_on_workers(self._client, function, workers, *args, timeout_s=_ASK_S)
+        if len(answers) < len(workers):
+            _log.debug("%s was answered by %d of %d workers", function.__name__, len(answers), len(workers))
+        return answers
 
 
 _NOT_SHARED: Final = "tasks write to it in common (mmap_mode), which they can on this machine only"

@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from ..crew import Crew
 from ..data.store import Resident, map_buffer
+from .client import nthreads
 from .copies import PART_NBYTES, Copy, fetch_copy, open_copy, write_part
 from .travel import by_name
 
@@ -35,6 +36,9 @@ _MOST_TRIES: Final = 3
 
 #: Seconds between two looks whether the workers that are to have a copy are still there.
 _LOOK_S: Final = 0.5
+
+#: Seconds within which the scheduler must say which workers there are.
+_ASK_S: Final = 10.0
 
 #: Before all batches: those that run on the host wait for it.
 _PRIORITY: Final = 1_000
@@ -109,7 +113,12 @@ class Spread:
             self._wanted.append(place)
             starts, self._is_running = not self._is_running, True
         if starts:
-            Crew.shared().run(self._bring_all)
+            try:
+                Crew.shared().run(self._bring_all)
+            except BaseException:  # no thread can be started
+                with self._lock:
+                    self._is_running, self._wanted = False, []
+                raise
 
     def lose(self, place: str, path: str) -> None:
         """Note that the copy at ``path`` is gone."""
@@ -128,7 +137,7 @@ class Spread:
             _log.debug("%s is brought nowhere any more: %s", self._ref.path, error)
             with self._lock:
                 self._failures.update(dict.fromkeys(self._wanted, _MOST_TRIES))
-                self._wanted, self._is_running, self.problem = [], False, error
+                self._wanted, self._is_running, self.problem = [], False, error.with_traceback(None)
             self._changed()
 
     def _bring_while_wanted(self) -> None:
@@ -166,10 +175,10 @@ class Spread:
         for place, (source, copy) in zip(waiting, idle, strict=False):
             workers = list(self._workers_in(place))
             if not workers:
-                self._finish(place, None, source)
+                self._put_off(place)
                 continue
             # A worker of the place that is free takes it.
-            future = self._submit(fetch_copy, self._ref.nbytes, copy, workers=workers)
+            future = self._submit(fetch_copy, self._ref.nbytes, *copy, workers=workers)
             under_way[place] = _Transfer(place, source, future)
             future.add_done_callback(functools.partial(_note_done, done, place))
 
@@ -183,60 +192,71 @@ class Spread:
         try:
             workers = list(self._workers_in(place))
             if not workers:
-                raise LookupError("its workers have left")
-            keeper = self._fill(workers[0])
+                self._put_off(place)
+                return
+            keeper = self._fill(workers)
         except Exception as error:
             self._note_failure(place, error)
         else:
             self._finish(place, keeper)
 
-    def _fill(self, worker: str) -> Any:
-        """Return the finished task that keeps a copy, on one worker, after all parts of the buffer were sent there."""
-        keeper = self._submit(open_copy, self._ref.nbytes, workers=[worker])
-        self._wait_for(keeper, worker)
+    def _fill(self, workers: list[str]) -> Any:
+        """Return the finished task that keeps a copy, on the worker that was free, after all parts were sent there."""
+        keeper = self._submit(open_copy, self._ref.nbytes, workers=workers)
+        worker = self._wait_for(keeper, workers).address
         content, writing = map_buffer(self._ref), None
         for start in range(0, self._ref.nbytes, PART_NBYTES):
             part = content[start : start + PART_NBYTES]
             # hash=False: no use for a name by content. A list: bytes alone would be taken for a sequence of parts.
             [sent] = self._client.scatter([part], workers=[worker], hash=False)
             if writing is not None:
-                self._wait_for(writing, worker)
+                self._wait_for(writing, [worker])
             writing = self._submit(write_part, keeper.key, sent, workers=[worker])
         if writing is not None:
-            self._wait_for(writing, worker)
+            self._wait_for(writing, [worker])
         return keeper
 
-    def _wait_for(self, future: Any, worker: str) -> None:
-        """Wait until a task has ended; raise what it raised, or that its worker has left."""
+    def _wait_for(self, future: Any, workers: list[str]) -> Any:
+        """Return the result of a task; raise what it raised, or that all workers have left that may run it."""
         ended = threading.Event()
         future.add_done_callback(lambda _: ended.set())
         while not ended.wait(_LOOK_S):
-            if not self._client.nthreads(workers=[worker]).get(worker):
-                raise LookupError(f"the worker {worker} has left")
-        future.result()
+            if not any(nthreads(self._client, _ASK_S).get(worker) for worker in workers):
+                raise LookupError(f"the workers {workers} have left")
+        return future.result()
 
     def _finish(self, place: str, future: Any, source: str = "") -> None:
         """Have a copy that has arrived used, or note that it has not."""
         try:
-            if future is None or not future.done():
-                raise LookupError("its workers have left")
+            if not future.done():
+                self._put_off(place)  # its workers have left
+                return
             copy = future.result()
             self._arrived(place, self._ref.path, copy.path)
         except Exception as error:
-            # Perhaps its source is gone, and not this place.
-            if source in self.copies and not self._workers_in(source):
-                self.lose(source, self.copies[source].path)
-            self._note_failure(place, error)
+            copy = self.copies.get(source)
+            if copy is not None and copy.address not in self._workers_in(source):
+                # Its source is gone, and not this place.
+                self.lose(source, copy.path)
+            else:
+                self._note_failure(place, error)
             return
         with self._lock:
             self.copies[place], self._keepers[place] = copy, future
             self._wanted.remove(place)
         self._changed()
 
+    def _put_off(self, place: str) -> None:
+        """Bring nothing to a place without workers; who sees some there will want it again."""
+        with self._lock:
+            self._wanted.remove(place)
+        self._changed()
+
     def _note_failure(self, place: str, error: BaseException) -> None:
         _log.debug("%s could not be brought to %s: %s", self._ref.path, place, error)
         with self._lock:
-            self.problem = error
+            # Without the frames, which hold what was under way.
+            self.problem = error.with_traceback(None)
             self._failures[place] += 1
             if self._failures[place] >= _MOST_TRIES:
                 self._wanted.remove(place)

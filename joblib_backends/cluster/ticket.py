@@ -55,6 +55,11 @@ class Ticket(Future[PackedOutcome]):
         """Return whether it has been running for too long."""
         return self.started is not None and self.timeout_s is not None and self.started[0] + self.timeout_s <= now
 
+    def reset(self) -> None:
+        """Make it ready to be sent once more."""
+        self.n_resent += 1
+        self.dask_future, self.started, self.is_sent = None, None, False
+
     def end(self, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
         """Complete the future, unless the call was aborted meanwhile."""
         self.dask_future = None

@@ -50,13 +50,21 @@ def check_file(path: str, expected: Fingerprint) -> None:
     Raises
     ------
     DataLostError
-        If there is none, or another one.
+        If there is none, or another one; its content can be sent instead.
+    OSError
+        The same, if tasks write to it.
     """
     if not _compares.get():
         return  # the same machine: whoever changes the file there means it
+    problem = ""
     try:
-        found = Fingerprint.of(path, is_written=expected.is_written)
-    except OSError as error:
-        raise DataLostError(error.errno, "The file of a memmap is not on this host", path) from error
-    if found != tuple(expected):
-        raise DataLostError(errno.ESTALE, "The file of a memmap is another one on this host", path)
+        if Fingerprint.of(path, is_written=expected.is_written) != tuple(expected):
+            problem = "is another one on this host"
+    except OSError:
+        problem = "is not on this host"
+    if problem and expected.is_written:
+        # Its content alone would be no use: what tasks write must come to the caller's file.
+        what = f"The file of a memmap that tasks may write to {problem}; give the workers its folder"
+        raise OSError(errno.ESTALE, what, path)
+    if problem:
+        raise DataLostError(errno.ESTALE, f"The file of a memmap {problem}", path)

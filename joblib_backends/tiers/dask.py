@@ -207,7 +207,7 @@ class Connection:
         self._n_slots = (0, -_CAPACITY_VALID_S)
         self._held: dict[int, tuple[Any, str]] = {}
         self._remote_objects: dict[str, Any] = {}
-        self.outfit = Outfit(client, wait_s)
+        self.outfit = Outfit(client, wait_s, placement)
         self._provide(owns_client)
         exchange = Exchange(
             client, self.outbox, self._remote_objects, self.outfit, wait_s, placement, owns_client=owns_client

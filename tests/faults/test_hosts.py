@@ -535,7 +535,7 @@ def test_a_worker_that_joins_on_a_new_host_gets_data_and_work(make_cluster, host
 
 def test_a_cut_link_costs_no_result(make_cluster, hosts, tmp_path):
     # The scheduler finds out by heartbeats that do not come.
-    environment = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "1s", "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "3s"}
+    environment = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "5s", "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "3s"}
     cluster = make_cluster(dict.fromkeys(hosts.far, 2), environment=environment)
     data = some_data(8)
     cut_off = hosts.far[2]

@@ -28,7 +28,7 @@ from joblib_backends.errors import CheckpointWarning, ClusterUnavailableError, C
 distributed = pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 dask_config = pytest.importorskip("dask.config", reason="the extra 'dask' is not installed")
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 #: Seconds within which a client that is turned away must know, beyond those that it was told to wait.
 PROMPT = 45.0
