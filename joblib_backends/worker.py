@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -24,7 +25,7 @@ from .budget import Share, keep_limits, keep_thread_limits, limited, using
 from .data.codec import Wire, describe, load
 from .errors import BatchDataLostError, DataLostError, RemoteTraceback, ResultPicklingError, TaskLoadError
 
-__all__ = ["Outcome", "PackedOutcome", "run_here", "run_payload", "unpack"]
+__all__ = ["Outcome", "PackedOutcome", "is_packing_results", "run_here", "run_payload", "unpack"]
 
 
 class Spent(NamedTuple):
@@ -120,6 +121,8 @@ class _Schedstat:
 
 
 _of_thread = threading.local()
+
+_is_packing: ContextVar[bool] = ContextVar("is_packing", default=False)
 
 
 def run_here(function: Callable[[], Any], share: Share, initializer: Callable[[], object] | None) -> Outcome:
@@ -238,7 +241,20 @@ def _initialize_once(initializer: bytes) -> None:
                 _initialized.add(initializer)
 
 
+def is_packing_results() -> bool:
+    """Return whether what is being pickled in this thread goes back to the parent."""
+    return _is_packing.get()
+
+
 def _pack_results(results: list[Any]) -> bytes:
+    token = _is_packing.set(True)
+    try:
+        return _pickle_results(results)
+    finally:
+        _is_packing.reset(token)
+
+
+def _pickle_results(results: list[Any]) -> bytes:
     try:
         return bytes(cloudpickle.dumps(results, protocol=5))
     except Exception as error:

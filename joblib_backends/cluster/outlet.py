@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar, Final, NamedTuple
 
+from ..worker import is_packing_results
 from . import sklearn_transport
 
 __all__ = ["relaying"]
@@ -154,7 +155,8 @@ def _connect(address: str) -> _Connection | None:
 def _substitute(handle: Any) -> Any:
     """Return what inner calls get in the place of a handle that is of no use to their workers."""
     address = handle.address
-    if address not in _routes or address in _reached:
+    # In a result it goes home, where its listener is.
+    if address not in _routes or address in _reached or is_packing_results():
         return handle
     if address not in _stands_in and sklearn_transport.can_be_reached(handle):
         _reached.add(address)

@@ -23,7 +23,7 @@ pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 callback = pytest.importorskip("sklearn.callback", reason="scikit-learn has callbacks from version 1.9")
 
 from sklearn.callback import _transport  # noqa: E402
-from watched import Iterating, Minutes, Several, fit_inside, handle_of, say  # noqa: E402
+from watched import Iterating, Minutes, Several, fit_inside, handle_of, say, with_its_handle  # noqa: E402
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -98,6 +98,13 @@ def test_far_workers_have_neither_the_socket_nor_its_key(clusters):
             handles[where] = Parallel()(delayed(handle_of)(minutes) for _ in range(4))
     assert set(handles["near"]) == {tuple(minutes._listener_handle)}
     assert set(handles["far"]) == {(minutes._listener_handle.address, b"")}
+
+
+def test_a_callback_that_comes_back_from_far_is_heard_here(clusters):
+    minutes = Minutes()
+    with on(clusters["far"]):
+        back = Parallel()(delayed(with_its_handle)(minutes) for _ in range(4))
+    assert {tuple(handle) for handle in back} == {tuple(minutes._listener_handle)}
 
 
 def test_a_search_logs_the_scores_that_one_job_logs(cluster):

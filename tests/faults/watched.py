@@ -121,6 +121,11 @@ def handle_of(callback):
     return tuple(callback._listener_handle)
 
 
+def with_its_handle(callback):
+    """Return the very handle that a worker has."""
+    return callback._listener_handle
+
+
 def fit_inside(model, X, y):  # noqa: N803
     """Return the processes in which an estimator has fitted its copies, and its own."""
     return model.fit(X, y).pids_, os.getpid()
