@@ -23,7 +23,7 @@ from .travel import by_name
 
 __all__ = ["Sender", "drain"]
 
-#: Seconds for which the workers are taken as known; to ask takes 2 ms.
+#: Seconds for which the workers are taken as known by who must know where data is; to ask takes 2 ms.
 _WORKERS_VALID_S: Final = 0.5
 
 
@@ -105,7 +105,8 @@ class Sender:
             flight.add(ticket)
         try:
             self._outfit.provide()
-            flight.ask_for_workers(known_for_s=_WORKERS_VALID_S)
+            if not flight.workers or any(ticket.payload.residents for ticket in tickets):
+                flight.ask_for_workers(known_for_s=_WORKERS_VALID_S)
             # Before they run, or their starts would be missed.
             self._hear_of_starts(tickets)
             for workers, batches in self._sorted_by_workers(tickets).items():
