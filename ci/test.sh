@@ -11,15 +11,21 @@ unset JOBLIB_BACKEND "${!JOBLIB_BACKEND_@}"
 "$python" -m mypy
 "$python" ci/check_floors.py
 "$python" ci/check_doors.py
-# Two halves of the suite side by side: mostly they wait, for processes that start and for clusters that notice.
-log="$(mktemp)"
-# Those of shared fits run alone: what is not worth sharing on a busy machine is fitted twice.
-(set -e; "$python" -m pytest -p no:cacheprovider tests/faults; "$python" ci/host_suite.py) >"$log" 2>&1 &
-faults=$!
-trap 'kill "$faults" 2>/dev/null || :; rm -f "$log"' EXIT
+# Three parts of the suite side by side: mostly they wait, for processes that start and for clusters that notice. The
+# tests of shared fits run alone afterwards: what is not worth sharing on a busy machine is fitted twice.
+suite() { "$python" -m pytest -p no:cacheprovider "$@"; }
+local_faults=(tests/faults/test_local.py tests/faults/test_checkpoint.py)
+with_clusters=(tests/test_s[ckt]*.py tests/test_t*.py tests/test_w*.py)
+logs="$(mktemp -d)"
+(set -e; suite "${local_faults[@]}"; "$python" ci/host_suite.py) >"$logs/local" 2>&1 &
+first=$!
+suite tests/faults "${with_clusters[@]}" "${local_faults[@]/#/--ignore=}" >"$logs/clusters" 2>&1 &
+second=$!
+trap 'kill "$first" "$second" 2>/dev/null || :; rm -rf "$logs"' EXIT
 failed=0
-"$python" -m pytest -p no:cacheprovider --ignore=tests/faults --ignore=tests/test_sharing.py || failed=1
-wait "$faults" || failed=1
-cat "$log"
-"$python" -m pytest -p no:cacheprovider tests/test_sharing.py || failed=1
+suite tests --ignore=tests/faults --ignore=tests/test_sharing.py "${with_clusters[@]/#/--ignore=}" || failed=1
+wait "$first" || failed=1
+wait "$second" || failed=1
+cat "$logs/local" "$logs/clusters"
+suite tests/test_sharing.py || failed=1
 exit "$failed"

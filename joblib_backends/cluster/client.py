@@ -163,7 +163,8 @@ def register_plugin(client: Any, plugin: Any, timeout_s: float, *, again: bool =
     is_for_nannies = isinstance(plugin, distributed.NannyPlugin)
     scheduler = client.scheduler
     register = scheduler.register_nanny_plugin if is_for_nannies else scheduler.register_worker_plugin
-    with contextlib.suppress(TimeoutError):
+    # OSError: a worker that dies meanwhile. If it is the scheduler, who asks it next is told.
+    with contextlib.suppress(TimeoutError, OSError):
         client.sync(
             register,
             plugin=pickle.dumps(plugin, protocol=5),

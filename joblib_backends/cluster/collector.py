@@ -103,7 +103,7 @@ class Collector:
         elif status in ("cancelled", "lost"):
             self._was_cancelled(ticket, status)
         elif status == "error" and lacks_package(future.exception()):
-            self._outfit.lapse()
+            self._outfit.lapse(is_lacking=True)
             self._flight.send_again(ticket, "its worker has not been given joblib_backends")
         elif status == "error":
             self._flight.end(ticket, None, failure_of(future))

@@ -71,7 +71,8 @@ class Outfit:
         self._wait_s = wait_s
         self._placement = placement
         self._own = _own_survey()
-        self._is_provided = self._is_surveyed = self._has_lapsed = False
+        self._is_provided = self._is_surveyed = self._is_lacking = False
+        self._scheduler: str | None = None
         self._cluster = _Cluster()
         self._news: list[str] = []
 
@@ -80,8 +81,13 @@ class Outfit:
             f"<Outfit of {len(self._cluster.reports)} workers, {'provided' if self._is_provided else 'not provided'}>"
         )
 
-    def provide(self) -> None:
+    def provide(self) -> bool:
         """Have every worker given the package, unless that was done; those that join later get it when they do.
+
+        Returns
+        -------
+        bool
+            Whether this is another scheduler than the last time.
 
         Raises
         ------
@@ -91,7 +97,8 @@ class Outfit:
             If the scheduler cannot be reached.
         """
         if self._is_provided:
-            return
+            return False
+        before = self._scheduler
         self._client.subscribe_topic(_TOPIC, _hearing(weakref.ref(self)))
         self._register(luggage(_TOPIC, dict(DISTRIBUTIONS)))
         # Before the question who is there: who joins while it is answered is not taken for gone.
@@ -109,10 +116,12 @@ class Outfit:
                 raise MissingDependencyError(what_lacks(found, len(reports), self._own))
             self._note(reports)
             self._is_surveyed = self._is_provided = True
+        return before is not None and self._scheduler != before
 
-    def lapse(self) -> None:
-        """Provide again before the next batch: workers do not have the package after all."""
-        self._is_provided, self._has_lapsed = False, True
+    def lapse(self, *, is_lacking: bool = False) -> None:
+        """Provide again before the next batch: there may be another scheduler, or a worker is lacking the package."""
+        self._is_provided = False
+        self._is_lacking |= is_lacking
 
     def _register(self, plugin: Any) -> None:
         # As Client.register_plugin does, which cannot be told how long to wait.
@@ -120,9 +129,11 @@ class Outfit:
             FromSource(abroad.make_way), prefix=PLUGIN_PREFIX, name=plugin.name, callback_timeout=self._wait_s
         )
         with self._lock:
+            self._scheduler = scheduler
             self._cluster = self._clusters.setdefault(scheduler, _Cluster())
         # A scheduler that has it gives it to nobody again, unless it is told to.
-        register_plugin(self._client, plugin, self._wait_s, again=self._has_lapsed)
+        is_lacking, self._is_lacking = self._is_lacking, False
+        register_plugin(self._client, plugin, self._wait_s, again=is_lacking)
 
     def _survey(self, workers: Collection[str]) -> dict[str, Mapping[str, Any]]:
         """Ask workers what they have; some may not answer."""

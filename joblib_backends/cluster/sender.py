@@ -92,11 +92,10 @@ class Sender:
         self._close()
 
     def start_anew(self) -> None:
-        """Do again what is done once for a scheduler: another may have come in its place."""
+        """Do again what is done once for a scheduler, with the next batch: another may have come in its place."""
         self._is_told_of_starts = False
         self._flight.relay.subscribe_again()
         self._outfit.lapse()
-        self._places.start_anew()
 
     def _send(self, tickets: list[Ticket]) -> None:
         flight = self._flight
@@ -104,7 +103,8 @@ class Sender:
             # Before anything is asked of the cluster: with it, they end.
             flight.add(ticket)
         try:
-            self._outfit.provide()
+            if self._outfit.provide():
+                self._places.start_anew()
             if not flight.workers or any(ticket.payload.residents for ticket in tickets):
                 flight.ask_for_workers(known_for_s=_WORKERS_VALID_S)
             # Before they run, or their starts would be missed.

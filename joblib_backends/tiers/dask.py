@@ -158,12 +158,13 @@ class Connection:
                 "tier='dask' has no cluster: give scheduler='tcp://host:8786' or 'local', or client=Client(...), or "
                 "make a distributed.Client before the call."
             )
-        placement = Placement.of(config)
+        # A connection waits as long as it was told to.
+        how = Placement.of(config), config.wait_for_workers
         if client is not None:
-            return cls._get((id(client), placement), config, lambda: client)
+            return cls._get((id(client), how), config, lambda: client)
         with cls._patient(config.scheduler, config.wait_for_workers) as wait_s:
             address = address_of(config, wait_s)
-        key = (address_and_certificates(config, address), placement)
+        key = (address_and_certificates(config, address), how)
         return cls._get(key, config, lambda: cls._connect(key, config, address), owns_client=True)
 
     @classmethod
