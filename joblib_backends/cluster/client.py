@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -27,6 +28,8 @@ __all__ = [
     "run_on_workers",
     "start_gather",
 ]
+
+_log = logging.getLogger(__name__)
 
 #: What a question to a scheduler that is gone, or going, ends with.
 GONE: Final = (OSError, TimeoutError, RuntimeError, ValueError)
@@ -163,8 +166,7 @@ def register_plugin(client: Any, plugin: Any, timeout_s: float, *, again: bool =
     is_for_nannies = isinstance(plugin, distributed.NannyPlugin)
     scheduler = client.scheduler
     register = scheduler.register_nanny_plugin if is_for_nannies else scheduler.register_worker_plugin
-    # OSError: a worker that dies meanwhile. If it is the scheduler, who asks it next is told.
-    with contextlib.suppress(TimeoutError, OSError):
+    try:
         client.sync(
             register,
             plugin=pickle.dumps(plugin, protocol=5),
@@ -172,6 +174,9 @@ def register_plugin(client: Any, plugin: Any, timeout_s: float, *, again: bool =
             idempotent=plugin.idempotent and not again,
             callback_timeout=timeout_s,
         )
+    except (TimeoutError, OSError) as error:
+        # A worker that dies meanwhile. If it is the scheduler, who asks it next is told.
+        _log.debug("The plugin %s may not be on all workers: %s", plugin.name, error)
 
 
 def run_on_workers(

@@ -124,7 +124,7 @@ class Sender:
         sorted_ = defaultdict(list)
         if any(ticket.payload.residents for ticket in tickets):
             self._places.look(flight.workers)
-        n_restricted = self._n_restricted()
+        n_restricted: int | None = None
         for ticket in tickets:
             residents = ticket.payload.residents
             try:
@@ -133,12 +133,15 @@ class Sender:
                 flight.end(ticket, None, data_lost_here(ticket) or error)
                 continue
             ticket.workers = workers
-            if workers is None or n_restricted < sum(flight.nthreads.get(worker, 0) for worker in workers):
-                n_restricted += workers is not None
-                ticket.is_sent = True
-                sorted_[workers].append(ticket)
-            else:
-                self._waiting.append(ticket)
+            if workers is not None:
+                # Counted where it matters only: it is a look at all that is on the cluster.
+                n_restricted = self._n_restricted() if n_restricted is None else n_restricted
+                if n_restricted >= sum(flight.nthreads.get(worker, 0) for worker in workers):
+                    self._waiting.append(ticket)
+                    continue
+                n_restricted += 1
+            ticket.is_sent = True
+            sorted_[workers].append(ticket)
         return sorted_
 
     def _n_restricted(self) -> int:
