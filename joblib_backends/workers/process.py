@@ -7,9 +7,11 @@ server. Neither runs the user's main module again.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import socket
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -203,13 +205,30 @@ class ForkedWorker(WorkerProcess):
         return sentinel >= 0
 
 
+#: Held while loky is imported. An import that fails, for want of descriptors, leaves a thread that waited for it with
+#: half a module and an ``ImportError`` that does not say why.
+_importing = threading.Lock()
+
+
 def _loky_context() -> Any:
     """Return loky's ways to start processes; those of joblib's own copy on a Dask worker that has no other."""
-    try:
-        from loky.backend.context import get_context
-    except ImportError:
-        from joblib.externals.loky.backend.context import get_context
-    return get_context("loky")
+    with _importing:
+        for loky in ("loky", "joblib.externals.loky"):
+            with contextlib.suppress(ModuleNotFoundError):
+                # What the start of a process imports, too.
+                importlib.import_module(f"{loky}.backend.popen_loky_{'win32' if os.name == 'nt' else 'posix'}")
+                return importlib.import_module(f"{loky}.backend.context").get_context("loky")
+        raise ModuleNotFoundError("No worker process can be started without loky, which joblib brings.", name="loky")
+
+
+def _forget_in_child() -> None:
+    global _importing
+    # Another thread of the parent may have held it.
+    _importing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class SpawnedWorker(WorkerProcess):
