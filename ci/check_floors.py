@@ -47,6 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cluster/sender.py", "cluster/fetching.py"),
     ("cluster/collector.py",),
     ("cluster/exchange.py",),
+    ("cluster/connection.py",),
     ("workers/__init__.py", "workers/frames.py", "workers/preparation.py", "workers/preload.py"),
     ("workers/main.py",),
     ("workers/forking.py",),

@@ -22,6 +22,7 @@ __all__ = [
     "check_blocks",
     "connect",
     "descriptions",
+    "future_of",
     "is_alive",
     "nthreads",
     "register_plugin",
@@ -107,6 +108,11 @@ def check_blocks(client: Any) -> None:
             f"client is {client!r}, which is asynchronous, but joblib calls block: use Client(..., "
             "asynchronous=False) in a thread without an event loop."
         )
+
+
+def future_of(client: Any, value: Any) -> Any:
+    """Return the future of a Dask collection, computed in one place of the cluster; a future is its own."""
+    return value if isinstance(value, distributed.Future) else client.compute(value)
 
 
 def is_alive(client: Any) -> bool:

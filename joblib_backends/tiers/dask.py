@@ -2,47 +2,30 @@
 
 ::
 
-    scheduler ──submit──> DaskTier (one per call) ──> Connection (one per client) ──> cluster/exchange.py
+    scheduler ──submit──> DaskTier (one per call) ──> cluster/connection.py (one per client) ──> cluster/exchange.py
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import distributed
 from dask.base import is_dask_collection
 
 from ..budget import Share, explicit_limits
-from ..cluster.address import address_of, is_named
-from ..cluster.client import GONE, active_client, address_and_certificates, check_blocks, connect, is_alive
-from ..cluster.exchange import Exchange
+from ..cluster.client import active_client
+from ..cluster.connection import Connection
 from ..cluster.local import LocalCluster
-from ..cluster.outfit import Outfit
-from ..cluster.placement import Placement, most_slots
 from ..cluster.sklearn_transport import keep_keys_here
 from ..cluster.ticket import Cancel, Ticket
 from ..config import Config
 from ..data.codec import RemoteReference
-from ..errors import ClusterUnavailableError, ConfigurationError
 from ..worker import Outcome, unpack
 from .base import Tier, Work
 
 __all__ = ["DaskTier"]
-
-#: Seconds for which the number of slots of a cluster is taken as known; asking costs 2 ms, and joblib asks often.
-_CAPACITY_VALID_S: Final = 1.0
-
-#: Seconds to wait for a cluster that was found missing, within so many seconds of that: each of joblib's questions
-#: before a call would wait as long as the first one.
-_WAIT_AGAIN_S: Final = 1.0
-_MISSING_FOR_S: Final = 60.0
 
 #: Batches per job on the cluster when the call may use all of it: one that runs, the others on their way there and
 #: back. A round trip takes 20 ms, so with joblib's own 2 per job two workers get through 200 tasks a second, with 10
@@ -137,135 +120,3 @@ class DaskTier(Tier):
     def close(self) -> None:
         """Let a local cluster know; the connection stays for the next call of the context."""
         LocalCluster.end(self)
-
-
-class Connection:
-    """A client, and the exchange that all calls on it share.
-
-    Thread-safe: callers only put into ``outbox``; what is scattered is known to the exchange alone.
-    """
-
-    _connections: ClassVar[weakref.WeakValueDictionary[object, Connection]] = weakref.WeakValueDictionary()
-    _missing_since: ClassVar[dict[object, float]] = {}
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-
-    @classmethod
-    def get(cls, config: Config) -> Connection:
-        """Return the connection for the client or address that ``config`` means."""
-        client = config.client if config.client is not None else None if config.scheduler else active_client()
-        if client is None and not is_named(config):
-            raise ConfigurationError(
-                "tier='dask' has no cluster: give scheduler='tcp://host:8786' or 'local', or client=Client(...), or "
-                "make a distributed.Client before the call."
-            )
-        # A connection waits as long as it was told to.
-        how = Placement.of(config), config.wait_for_workers
-        if client is not None:
-            return cls._get((id(client), how), config, lambda: client)
-        with cls._patient(config.scheduler, config.wait_for_workers) as wait_s:
-            address = address_of(config, wait_s)
-        key = (address_and_certificates(config, address), how)
-        return cls._get(key, config, lambda: cls._connect(key, config, address), owns_client=True)
-
-    @classmethod
-    def _get(cls, key: object, config: Config, client: Callable[[], Any], *, owns_client: bool = False) -> Connection:
-        with cls._lock:
-            connection = cls._connections.get(key)
-            if connection is None or not is_alive(connection.client):
-                connection = cls(client(), config.wait_for_workers, Placement.of(config), owns_client)
-                cls._connections[key] = connection
-        # Without the lock: the user may have put code in the place of what shows warnings.
-        connection.outfit.tell()
-        return connection
-
-    @classmethod
-    def _connect(cls, key: object, config: Config, address: str) -> Any:
-        with cls._patient(key, config.wait_for_workers) as wait_s:
-            return connect(config, address, wait_s)
-
-    @classmethod
-    @contextlib.contextmanager
-    def _patient(cls, key: object, wait_s: float) -> Iterator[float]:
-        """Give the seconds that may be waited for what ``key`` stands for, and remember whether it was missing."""
-        try:
-            yield cls._patience(key, wait_s)
-        except ClusterUnavailableError:
-            cls._missing_since[key] = time.monotonic()
-            raise
-        cls._missing_since.pop(key, None)
-
-    @classmethod
-    def _patience(cls, key: object, wait_s: float) -> float:
-        is_missing = time.monotonic() - cls._missing_since.get(key, -_MISSING_FOR_S) < _MISSING_FOR_S
-        return min(wait_s, _WAIT_AGAIN_S) if is_missing else wait_s
-
-    def __init__(self, client: Any, wait_s: float, placement: Placement, owns_client: bool) -> None:
-        check_blocks(client)
-        self.client = client
-        self._placement = placement
-        self.outbox: queue.SimpleQueue[Ticket | Cancel | None] = queue.SimpleQueue()
-        self._wait_s = wait_s
-        self._n_slots = (0, -_CAPACITY_VALID_S)
-        self._held: dict[int, tuple[Any, str]] = {}
-        self._remote_objects: dict[str, Any] = {}
-        self.outfit = Outfit(client, wait_s, placement)
-        self._provide(owns_client)
-        exchange = Exchange(
-            client, self.outbox, self._remote_objects, self.outfit, wait_s, placement, owns_client=owns_client
-        )
-        exchange.start()
-        # The threads hold the exchange and not the connection, so they end with it.
-        weakref.finalize(self, self.outbox.put, None).atexit = False
-
-    def __repr__(self) -> str:
-        return f"<Connection {self.client!r}>"
-
-    def _provide(self, owns_client: bool) -> None:
-        # Here, so that what the workers lack is the caller's to hear; a cluster that does not answer now is found out
-        # by who asks it next, and gets what it must have with the first batch.
-        try:
-            with contextlib.suppress(*GONE):
-                if self.client.status == "running":
-                    self.outfit.provide()
-        except BaseException:
-            if owns_client:
-                self.client.close()
-            raise
-
-    def n_slots(self) -> int:
-        """Return how many batches can run at once, on all workers that match; wait for the first one."""
-        n_slots, asked = self._n_slots
-        if n_slots and time.monotonic() - asked < _CAPACITY_VALID_S and self.client.status == "running":
-            return n_slots
-        with self._patient((self._address(), self._placement), self._wait_s) as wait_s:
-            slots = self._placement.slots(self.client, wait_s)
-            if not slots:
-                self._wait_for_a_worker(wait_s)
-                slots = self._placement.slots(self.client, wait_s)
-        n_slots = most_slots(self.client, self._placement, slots)
-        self._n_slots = (n_slots, time.monotonic())
-        return n_slots
-
-    def _address(self) -> str:
-        # A client that was closed has none.
-        return str(getattr(self.client.scheduler, "address", None) or self.client)
-
-    def _wait_for_a_worker(self, wait_s: float) -> None:
-        # A task, and not Client.wait_for_workers: an adaptive cluster starts workers when there is something to do.
-        try:
-            self.client.submit(int, pure=False, **self._placement.options).result(timeout=wait_s)
-        except GONE as error:
-            such = f" with {self._placement}" if str(self._placement) else ""
-            raise ClusterUnavailableError(
-                f"The Dask scheduler at {self.client.scheduler.address} has had no worker{such} for {wait_s:g} "
-                f"seconds. Start workers, or wait longer with wait_for_workers={2 * self._wait_s:g}."
-            ) from error
-
-    def hold_remote(self, value: Any) -> str:
-        """Have ``value``, a Dask collection or future, computed in one place of the cluster, and return its key."""
-        known = self._held.get(id(value))
-        if known is None:
-            future = value if isinstance(value, distributed.Future) else self.client.compute(value)
-            known = self._held[id(value)] = (value, str(future.key))
-            self._remote_objects[known[1]] = future
-        return known[1]
