@@ -166,7 +166,7 @@ RULES = (
         (
             *("cluster/abroad.py", "cluster/accounting.py", "cluster/address.py", "cluster/client.py"),
             *("cluster/copies.py", "cluster/keeper.py", "cluster/local_host.py", "cluster/losses.py"),
-            *("cluster/running.py", "tiers/dask.py"),
+            *("cluster/outer_task.py", "cluster/running.py", "tiers/dask.py"),
         ),
         imports_of("dask", "distributed"),
     ),

@@ -59,19 +59,19 @@ class Allotment:
 
     def share_for(self, batch: Batch, tier: Tier, task_s: float, *, more_to_come: bool) -> Share:
         """Return what a batch may use that starts now; ``task_s`` is what a task is expected to take, 0 if unknown."""
-        cores = self._cores_for(batch, task_s, more_to_come)
+        cores = self._cores_for(batch, tier.n_slots or self._cores, task_s, more_to_come)
         # Kept: to look into the environment for each batch takes 8 µs.
         share = self._shares.get((tier.name, cores))
         if share is None:
             share = self._shares[tier.name, cores] = tier.share(self._config, cores)
         return share
 
-    def _cores_for(self, batch: Batch, task_s: float, more_to_come: bool) -> int:
+    def _cores_for(self, batch: Batch, cores: int, task_s: float, more_to_come: bool) -> int:
         if more_to_come or len(self._queue) >= self.n_jobs:
             # Every job will have something to run.
-            return cores_per_task(self._cores, self.n_jobs)
+            return cores_per_task(cores, self.n_jobs)
         left = self._queue.parts_left(batch, task_s)
-        return cores_for_batch(self._cores, self.n_jobs, left, len(self._queue), more_to_come=more_to_come)
+        return cores_for_batch(cores, self.n_jobs, left, len(self._queue), more_to_come=more_to_come)
 
     def has_memory(self) -> bool:
         """Return whether there is memory for a batch more beside those that run here; if not, it is asked again."""

@@ -184,8 +184,8 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def _bind_to_nothing(self) -> None:
         self._parallel_ref: Callable[[], Any] = _no_parallel
-        self._facts = self._observe(self.config)
-        self._call_config = self.config
+        self._call_config = _in_outer_task(self.config)
+        self._facts = self._observe(self._call_config)
         self._workers = 1
         self._nested: tuple[HybridBackend, None] | None = None
         self._call: Call | None = None
@@ -204,6 +204,9 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             retries=config.retries,
             share_fits=config.share_fits,
             share_fits_nbytes=config.share_fits_nbytes,
+            workers=config.workers,
+            priority=config.priority,
+            wait_for_workers=config.wait_for_workers,
         )
         return _nested_backend, (portable, self.nesting_level)
 
@@ -245,8 +248,9 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def _is_capped(self) -> bool:
         # scikit-learn asks how many jobs a cluster runs and then wants so many threads of this machine.
-        local_instead = self._facts.require == "sharedmem" and self._facts.wants_cluster
-        return local_instead or (self.nesting_level or 0) >= _CAPPED_LEVEL
+        # And a task has its share of a cluster's slots, however many jobs are asked for.
+        is_apart = self._facts.require == "sharedmem" or bool(self.nesting_level)
+        return (is_apart and self._facts.wants_cluster) or (self.nesting_level or 0) >= _CAPPED_LEVEL
 
     def _observe(self, config: Config, prefer: str | None = None, require: str | None = None) -> Facts:
         return Facts(
@@ -273,7 +277,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         if self._parallel_ref() is not parallel:
             raise FallbackToBackend(self._bound_to(parallel))
         options = self._options_of_call(keywords)
-        config = _with_known_tier(self.config.override(options), "tier")
+        config = _in_outer_task(_with_known_tier(self.config.override(options), "tier"))
         _check_sharedmem(config, require, options)
         self._call_config = config
         self._facts = self._observe(config, prefer, require)
@@ -338,6 +342,9 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             retries=config.retries,
             share_fits=config.share_fits,
             share_fits_nbytes=limit,
+            workers=config.workers,
+            priority=config.priority,
+            wait_for_workers=config.wait_for_workers,
         )
         return _nested_backend(inherited, (self.nesting_level or 0) + 1, self._context)
 
@@ -423,6 +430,14 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         # joblib cuts the end of a call into ten batches for each job. The calling thread alone is one job.
         self.parallel._cached_effective_n_jobs = 1 if self._call.runs_in_caller else self._workers
         return self._call.batch_size()
+
+    @contextlib.contextmanager
+    def retrieval_context(self) -> Iterator[None]:
+        """Note that joblib begins to wait; it has handed over what it does before."""
+        if self._call is not None and self.supports_retrieve_callback:
+            # In this form it asks for no result before it is there.
+            self._call.leave_slot()
+        yield
 
     def submit(self, func: Callable[[], Any], callback: Callback | None = None) -> BatchFuture:
         """Start a batch. Called from the user's thread, and from the completion thread by joblib's callback."""
@@ -536,10 +551,21 @@ def _nested_backend(config: Config, nesting_level: int | None, context: Context 
     return backend
 
 
+def _in_outer_task(config: Config) -> Config:
+    """Return ``config`` with the Dask task that runs in this thread, if there is one."""
+    if "distributed.worker" not in sys.modules:
+        return config
+    from .cluster.outer_task import of_this_thread
+
+    outer_task = of_this_thread()
+    return config if outer_task is None else dataclasses.replace(config, outer_task=outer_task)
+
+
 def _reason_for_cluster(config: Config, nesting_level: int | None) -> str | None:
-    """Return why Dask is to be used, or None; calls inside tasks stay where they are."""
+    """Return why Dask is to be used, or None: calls inside tasks stay where they are, unless they have room there."""
     if nesting_level:
-        return None
+        n_slots = config.outer_task.n_slots if config.outer_task is not None else None
+        return f"the task may use {n_slots} slots of its Dask cluster" if n_slots and n_slots > 1 else None
     if config.client is not None:
         return "a Dask client was given"
     if config.scheduler is not None:

@@ -105,6 +105,9 @@ class Config:
     #: Cores that this backend may use; None means the machine's. Set for nested backends only.
     cores: int | None = None
 
+    #: The Dask task in which a call is made (``cluster/outer_task.py``), or None.
+    outer_task: Any = None
+
     def __post_init__(self) -> None:
         checks = (
             _check_tier,
@@ -257,7 +260,7 @@ _READERS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "share_fits_nbytes": (_whole_number, "a number of bytes"),
 }
 _NOT_PARAMETERS: Final = frozenset({"N_JOBS", "PROFILE", "QUIET"})
-_CALL_FIELDS: Final = frozenset({"cores"})
+_CALL_FIELDS: Final = frozenset({"cores", "outer_task"})
 
 
 def _from_environment() -> dict[str, Any]:

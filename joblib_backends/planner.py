@@ -235,12 +235,16 @@ class CallPlanner:
         """
         if self.plan.tier != "inline" or not progress.running_s:
             return False
+        if self._facts.is_nested and self._facts.wants_cluster:
+            return False  # the process is a Dask worker's, and what it uses may be another task's
         is_new = self._known is None and not self._seen and progress.running_s < _SHOWS_ITS_THREADS_S
         return is_new or progress.cores_used > max(_SEVERAL_CORES, _MOST_CORES * self._facts.cores)
 
     def _begin(self) -> Plan:
         """Return the plan while nothing is known: what is allowed, safe, and costs nothing to start."""
-        if self._facts.wants_cluster or "inline" not in self._allowed:
+        # A call in a task, of which there may be thousands, first shows that it is worth the way to the cluster.
+        goes_there = self._facts.wants_cluster and not self._facts.is_nested
+        if goes_there or "inline" not in self._allowed:
             return choose_tier(self._facts)
         return Plan("inline", "nothing was known of its tasks, so the calling thread began with them")
 

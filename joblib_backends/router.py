@@ -65,6 +65,10 @@ class Router:
         with self._lock:
             return list(self._tiers.values())
 
+    def is_open(self, name: str) -> bool:
+        """Return whether a tier was used so far."""
+        return name in self._tiers
+
     def open(self, name: str) -> Tier:
         """Return the tier of this call, opened on first use."""
         tier = self._tiers.get(name)

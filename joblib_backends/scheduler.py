@@ -338,6 +338,7 @@ class Call:
         while not future.done():
             if self._completer.finish_next(0.0) or self._run_one_here():
                 continue
+            self.leave_slot()
             if not self._completer.finish_next(None if end is None else max(0.0, end - time.monotonic())):
                 return future.done()
         return True
@@ -350,11 +351,18 @@ class Call:
                 return True
             if self._run_one_here():
                 continue
+            self.leave_slot()
             self._progress.wait(LOOK_INTERVAL_S)
             if future.ready is not None:
                 return True
             if end is not None and time.monotonic() > end:
                 return future.done()
+
+    def leave_slot(self) -> None:
+        """Before the calling thread waits: if it is a Dask worker's, let a task run in its place that may be ours."""
+        outer_task = self._config.outer_task
+        if outer_task is not None and self._router.is_open("dask"):
+            outer_task.leave_slot()
 
     def abort(self) -> None:
         """Give up all that is not finished. Called when joblib wants no further result."""
@@ -376,6 +384,9 @@ class Call:
                     self._sharing.close()
             if self._checkpoint is not None:
                 self._checkpoint.end(failed=failed)
+            if self._config.outer_task is not None and not failed:
+                # Who fails does not wait for tasks that nobody needs any more.
+                self._config.outer_task.take_slot()
             # Only now: Ctrl-C before leaves all of it, which may be done twice, to the next ``end``.
             self._ended = True
             self._tally.explain(self._pilot.end(failed=failed))

@@ -8,6 +8,7 @@ import logging
 import queue
 import time
 from collections import Counter
+from concurrent.futures import CancelledError
 from typing import Any, Final
 
 from ..crew import Crew
@@ -178,6 +179,7 @@ class Collector:
         flight.outbox.put(CHANGED)
         for ticket in flight.tickets:
             self._note_departures(ticket)
+            self._give_up_unwanted(ticket)
         for ticket in self._fetching.give_up_slow():
             flight.send_again(ticket, "its worker left before its outcome was fetched")
         if now - self._had_workers > flight.wait_s:
@@ -198,6 +200,12 @@ class Collector:
             # All that it may run on are gone: Dask would keep it for them.
             self._flight.outbox.put(Cancel([], [future]))
             self._flight.send_again(ticket, "all workers that had its data have left")
+
+    def _give_up_unwanted(self, ticket: Ticket) -> None:
+        """Cancel a batch whose call is made in a Dask task that was cancelled."""
+        if ticket.outer_task is not None and not ticket.outer_task.is_wanted():
+            self._flight.outbox.put(Cancel([], [ticket.dask_future]))
+            self._flight.end(ticket, None, CancelledError(f"{ticket.outer_task!r} was cancelled."))
 
     def _end_overdue(self, ticket: Ticket, address: str) -> None:
         future = ticket.dask_future

@@ -43,7 +43,7 @@ class Connection:
     @classmethod
     def get(cls, config: Config) -> Connection:
         """Return the connection for the client or address that ``config`` means."""
-        client = config.client if config.client is not None else None if config.scheduler else active_client()
+        client = _client_of(config)
         if client is None and not is_named(config):
             raise ConfigurationError(
                 "tier='dask' has no cluster: give scheduler='tcp://host:8786' or 'local', or client=Client(...), or "
@@ -63,7 +63,7 @@ class Connection:
         with cls._lock:
             connection = cls._connections.get(key)
             if connection is None or not is_alive(connection.client):
-                connection = cls(client(), config.wait_for_workers, Placement.of(config), owns_client)
+                connection = cls(client(), config, owns_client)
                 cls._connections[key] = connection
         # Without the lock: the user may have put code in the place of what shows warnings.
         connection.outfit.tell()
@@ -90,16 +90,19 @@ class Connection:
         is_missing = time.monotonic() - cls._missing_since.get(key, -_MISSING_FOR_S) < _MISSING_FOR_S
         return min(wait_s, _WAIT_AGAIN_S) if is_missing else wait_s
 
-    def __init__(self, client: Any, wait_s: float, placement: Placement, owns_client: bool) -> None:
+    def __init__(self, client: Any, config: Config, owns_client: bool) -> None:
         check_blocks(client)
         self.client = client
+        wait_s, placement = config.wait_for_workers, Placement.of(config)
         self._placement = placement
         self.outbox: queue.SimpleQueue[Ticket | Cancel | None] = queue.SimpleQueue()
         self._wait_s = wait_s
         self._n_slots = (0, -_CAPACITY_VALID_S)
         self._held: dict[int, tuple[Any, str]] = {}
         self._remote_objects: dict[str, Any] = {}
-        self.outfit = Outfit(client, wait_s, placement)
+        # Who has sent the batch in which a call is made has given the workers what they need.
+        is_in_batch = config.outer_task is not None and config.outer_task.n_slots is not None
+        self.outfit = Outfit(client, wait_s, placement, is_provided=is_in_batch)
         self._provide(owns_client)
         exchange = Exchange(
             client, self.outbox, self._remote_objects, self.outfit, wait_s, placement, owns_client=owns_client
@@ -160,3 +163,18 @@ class Connection:
             known = self._held[id(value)] = (value, str(future.key))
             self._remote_objects[known[1]] = future
         return known[1]
+
+
+def _client_of(config: Config) -> Any:
+    """Return the client that ``config`` means, or None if it names a scheduler, or nothing."""
+    if config.client is not None or config.scheduler:
+        return config.client
+    if config.outer_task is None:
+        return active_client()
+    try:
+        return config.outer_task.client(config.wait_for_workers)
+    except (OSError, TimeoutError) as error:
+        raise ClusterUnavailableError(
+            f"The Dask task {config.outer_task!r} could not reach its scheduler within "
+            f"wait_for_workers={config.wait_for_workers:g} seconds: is it still running?"
+        ) from error

@@ -60,18 +60,21 @@ class Outfit:
         Seconds that workers may take to answer.
     placement : Placement
         Which workers matter.
+    is_provided : bool, default=False
+        Whether another client has given it to them.
     """
 
     #: Guards what is known, and news; nothing of anybody else's runs under it.
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _clusters: ClassVar[dict[str, _Cluster]] = {}
 
-    def __init__(self, client: Any, wait_s: float, placement: Placement) -> None:
+    def __init__(self, client: Any, wait_s: float, placement: Placement, *, is_provided: bool = False) -> None:
         self._client = client
         self._wait_s = wait_s
         self._placement = placement
         self._own = _own_survey()
-        self._is_provided = self._is_surveyed = self._is_lacking = False
+        self._is_provided = self._is_surveyed = is_provided
+        self._is_lacking = False
         self._scheduler: str | None = None
         self._cluster = _Cluster()
         self._news: list[str] = []

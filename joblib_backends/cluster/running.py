@@ -8,6 +8,7 @@ from typing import Any
 import distributed
 
 from ..remote import run_remotely
+from .outer_task import inside_batch
 from .outlet import relaying
 
 __all__ = ["run_batch"]
@@ -16,6 +17,7 @@ __all__ = ["run_batch"]
 def run_batch(
     *,
     wire: bytes,
+    n_slots: int,
     watched: str | None,
     remote_objects: Any,
     origin: str,
@@ -29,6 +31,8 @@ def run_batch(
     ----------
     wire : bytes
         The pickle of the encoded batch.
+    n_slots : int
+        Slots of the cluster that calls in it may use.
     watched : str or None
         The key under which to say that it starts.
     remote_objects, origin, place
@@ -39,5 +43,5 @@ def run_batch(
     worker = distributed.get_worker()
     if watched is not None:
         worker.log_event(topic, (watched, worker.address))
-    with relaying(worker, relay_topic):
+    with relaying(worker, relay_topic), inside_batch(worker, n_slots):
         return run_remotely(pickle.loads(wire), remote_objects, origin, place, worker.address)

@@ -167,6 +167,7 @@ class Sender:
         """Return what :func:`run_batch` gets; all that is ours in it is bytes to the scheduler."""
         return {
             "wire": pickle.dumps(ticket.wire, protocol=5),
+            "n_slots": ticket.n_slots,
             "watched": ticket.key if ticket.timeout_s else None,
             "remote_objects": dict(self._remote_objects),
             "origin": self._origin,

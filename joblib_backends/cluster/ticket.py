@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..data.codec import Payload, Wire
 from ..worker import PackedOutcome
+from .outer_task import OuterTask
 
 __all__ = ["Cancel", "Ticket"]
 
@@ -28,14 +29,28 @@ class Ticket(Future[PackedOutcome]):
         What keeps alive what it refers to.
     timeout_s : float, optional
         Seconds that it may run on a worker.
+    n_slots : int, default=1
+        Slots of the cluster that calls in it may use.
+    outer_task : OuterTask, optional
+        The Dask task whose call it belongs to.
     """
 
-    def __init__(self, name: str, wire: Wire, payload: Payload, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        wire: Wire,
+        payload: Payload,
+        timeout_s: float | None = None,
+        n_slots: int = 1,
+        outer_task: OuterTask | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.wire = wire
         self.payload = payload
         self.timeout_s = timeout_s
+        self.n_slots = n_slots
+        self.outer_task = outer_task
         self.n_resent = 0
         self.dask_future: Any = None
         #: Where it may run; None for everywhere.

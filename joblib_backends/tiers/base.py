@@ -101,7 +101,7 @@ class Tier(ABC):
 
     @classmethod
     def share(cls, config: Config, cores: int) -> Share:
-        """Return what a batch may use where this tier runs it, if ``cores`` of this machine are left for it."""
+        """Return what a batch may use where this tier runs it, if so many cores, or ``n_slots``, are left for it."""
         return share_of(config, cores)
 
     @classmethod
@@ -139,6 +139,11 @@ class Tier(ABC):
     def look_ahead(self) -> int:
         """Batches to hand over beyond ``n_jobs``, so that no worker waits for the next; they must not run yet."""
         return 0
+
+    @property
+    def n_slots(self) -> int | None:
+        """Return what the batches of a call share elsewhere; None where they share the cores of this machine."""
+        return None
 
     @property
     def warm(self) -> object:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Final
 
 import distributed
@@ -45,14 +45,16 @@ class DaskTier(Tier):
         """Return how many batches the workers that match can run at once, once there is one.
 
         That is one for each thread, fewer where a batch takes more of a resource; of a cluster that grows by itself,
-        as many as it may have.
+        as many as it may have. For a call in a batch it is what that may use of them.
 
         Raises
         ------
         ClusterUnavailableError
             If no scheduler answers, or it has no worker, within ``config.wait_for_workers`` seconds.
         """
-        return Connection.get(config).n_slots()
+        outer = config.outer_task
+        # Nobody is asked, for the call may never go to the cluster.
+        return (outer and outer.n_slots) or Connection.get(config).n_slots()
 
     @classmethod
     def is_available(cls) -> bool:
@@ -66,25 +68,39 @@ class DaskTier(Tier):
 
     @classmethod
     def share(cls, config: Config, cores: int) -> Share:
-        """Return only what was asked for: the cores are the workers', and Dask has set their threads to one."""
-        return Share(1, explicit_limits(config))
+        """Return so many slots of the cluster, for calls in a batch, and such threads only as were asked for.
+
+        The cores are the workers', and Dask has set their threads to one. What a task has of a worker's resources it
+        keeps while it waits, so tasks of its own that need some might never get it: there, calls stay in their worker.
+        """
+        return Share(1 if config.resources else cores, explicit_limits(config))
 
     def __init__(self, config: Config, n_jobs: int) -> None:
         keep_keys_here()
         self._connection = Connection.get(config)
         self._n_jobs = n_jobs
+        self._outer_task = config.outer_task
         self._task_timeout = config.task_timeout
+        self._n_slots = self.capacity(config)
         self._fills_cluster = n_jobs >= self._connection.n_slots()
         self._tickets: set[Ticket] = set()
+        self._is_in_batch = self._outer_task is not None and self._outer_task.n_slots is not None
+        if self._is_in_batch:
+            self._outer_task.keep(self._connection)
         LocalCluster.begin(self, self._connection.client)
 
     def __repr__(self) -> str:
         return f"<DaskTier {len(self._tickets)} batches, n_jobs={self._n_jobs}, {self._connection!r}>"
 
     @property
+    def n_slots(self) -> int:
+        """Return how many batches the cluster can run at once, or how many of a task's calls it can."""
+        return self._n_slots
+
+    @property
     def warm(self) -> object:
-        """Return the connection, with what it has scattered."""
-        return self._connection
+        """Return the connection, with what it has scattered; a worker keeps the one of its batches by itself."""
+        return None if self._is_in_batch else self._connection
 
     @property
     def look_ahead(self) -> int:
@@ -100,7 +116,12 @@ class DaskTier(Tier):
     def submit(self, work: Work) -> Future[Any]:
         """Hand a payload to the connection."""
         assert work.payload is not None
-        ticket = Ticket(work.name, work.wire, work.payload, self._task_timeout)
+        if self._outer_task is not None and not self._outer_task.is_wanted():
+            raise CancelledError(f"A call in the Dask task {self._outer_task!r} goes on, which was cancelled.")
+        # Calls in it that stay in the worker have the one core of its slot.
+        wire = work.payload.sent_with(Share(1, work.share.limits))
+        n_slots = work.share.cores or 1
+        ticket = Ticket(work.name, wire, work.payload, self._task_timeout, n_slots, self._outer_task)
         self._tickets.add(ticket)
         ticket.add_done_callback(self._tickets.discard)
         self._connection.outbox.put(ticket)

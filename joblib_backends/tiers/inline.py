@@ -32,18 +32,29 @@ class InlineTier(Tier):
 
     @classmethod
     def share(cls, config: Config, cores: int) -> Share:
-        """Return only what was asked for: a plain loop has all cores for each task."""
-        return Share(None, explicit_limits(config))
+        """Return only what was asked for: a plain loop has all cores for each task; and slots of a Dask cluster."""
+        return Share(None if _slots_of(config) is None else cores, explicit_limits(config))
 
     def __init__(self, config: Config, n_jobs: int) -> None:
+        self._outer_task = config.outer_task
+        self._n_slots = _slots_of(config)
         self._initializer = functools.partial(config.initializer, *config.initargs) if config.initializer else None
+
+    @property
+    def n_slots(self) -> int | None:
+        """Return how many slots of a Dask cluster the calls of its batches share, in a task that may use some."""
+        return self._n_slots
 
     def submit(self, work: Work) -> Future[Outcome]:
         """Run a batch now and return its finished future."""
         initializer, self._initializer = self._initializer, None
         future: Future[Outcome] = Future()
-        with limited(work.share.limits) if work.share.limits else contextlib.nullcontext():
-            future.set_result(run_here(work.function, Share(work.share.cores, {}), initializer))
+        n_slots = work.share.cores
+        with (
+            limited(work.share.limits) if work.share.limits else contextlib.nullcontext(),
+            contextlib.nullcontext() if n_slots is None else self._outer_task.lending(n_slots),
+        ):
+            future.set_result(run_here(work.function, Share(None, {}), initializer))
         return future
 
     def outcome(self, future: Future[Outcome]) -> Outcome:
@@ -55,3 +66,7 @@ class InlineTier(Tier):
 
     def close(self) -> None:
         """Do nothing: nothing was taken."""
+
+
+def _slots_of(config: Config) -> int | None:
+    return None if config.outer_task is None else config.outer_task.n_slots
