@@ -80,6 +80,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint/identity.py",),
     ("checkpoint/call.py",),
     ("batches.py",),
+    ("labels.py",),
     ("recovery.py", "completer.py", "opening.py", "allotment.py"),
     ("rescue.py",),
     ("randomness.py",),

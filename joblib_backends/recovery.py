@@ -16,9 +16,7 @@ the task, when everything else of it is done.
 from __future__ import annotations
 
 import logging
-import reprlib
 import warnings
-from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from .batches import Batch
@@ -33,6 +31,7 @@ from .errors import (
     TaskTimeoutError,
     WorkerLostError,
 )
+from .labels import description_of
 from .sharing import sklearn_inside
 
 __all__ = ["FAULTS", "Step", "failed_results", "failure_of", "is_fault", "next_step", "pieces_of", "warn"]
@@ -41,9 +40,6 @@ _log = logging.getLogger(__name__)
 
 #: What a tier raises for a batch that was lost, and not for what its tasks did.
 FAULTS: Final = (WorkerLostError, TaskTimeoutError, DataLostError, ClusterLostError, ClusterUnavailableError)
-
-#: Characters of a task's arguments in messages.
-_ARGUMENTS_SHOWN: Final = 200
 
 Step = Literal["run again", "place again", "leave the cluster", "give up", "fail"]
 
@@ -85,7 +81,7 @@ def failure_of(batch: Batch, fault: BaseException, config: Config) -> BaseExcept
     """Return the error that names the task, for a batch that was given up."""
     items = batch.items
     name = describe(items[0][0]) if items else describe(batch.function)
-    what = f"{name}, {_which_tasks(batch)}"
+    what = f"{name}, {description_of(batch)}"
     failure: HybridError
     if isinstance(fault, WorkerLostError) and fault.n_deaths:
         memory = f" It had used {fault.peak_nbytes / 1e6:.0f} MB." if fault.peak_nbytes else ""
@@ -128,21 +124,3 @@ def warn(message: str, category: type[RecoveryWarning] = RecoveryWarning) -> Non
     """Tell the user what was lost and what is done about it."""
     _log.debug(message)
     warnings.warn(message, category, stacklevel=2)
-
-
-def _which_tasks(batch: Batch) -> str:
-    first = batch.first_task + batch.positions[0]
-    if batch.size > 1:
-        return f"tasks {first} to {batch.first_task + batch.positions[-1]}"
-    items = batch.items
-    return f"task {first}{_arguments(*items[0])}" if items else f"task {first}"
-
-
-def _arguments(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return what tells a task from others of its call, for messages."""
-    of_search = sklearn_inside.description_of(callee, args, kwargs)
-    if of_search is not None:
-        return f" ({of_search})"
-    shown = [*map(reprlib.repr, args), *(f"{name}={reprlib.repr(value)}" for name, value in kwargs.items())]
-    text = ", ".join(shown)
-    return f" ({text[:_ARGUMENTS_SHOWN]}{'...' if len(text) > _ARGUMENTS_SHOWN else ''})"

@@ -53,6 +53,7 @@ from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
 from .errors import BatchDataLostError, BatchTimeoutError
+from .labels import label_of
 from .opening import Opening
 from .pilot import Pilot
 from .randomness import task_randomness
@@ -494,7 +495,7 @@ class Call:
             self._tally.add_start(batch.plan.tier, name, batch.plan.reason)
         more = self._more_to_come(self._caller_came)
         share = self._allotment.share_for(batch, tier, self._pilot.task_s, more_to_come=more)
-        return Work(batch.runs, name, share, batch.payload)
+        return Work(batch.runs, name, share, batch.payload, functools.partial(label_of, batch))
 
     def _tier_is_done(self, batch: Batch, tier: Tier, tier_future: Future[Any]) -> None:
         """Feed the tier and leave the rest to the completer. Called in whichever thread ended the tier's future.

@@ -188,7 +188,7 @@ def relay(heard):
 
 
 def ticket_on(relay):
-    ticket = Ticket("f", None, Payload(None))
+    ticket = Ticket("f", ("f", "task 0"), None, Payload(None))
     assert relay.listen([ticket]) == relay._client.topic
     return ticket
 
@@ -294,6 +294,6 @@ def test_ends_do_not_wait_for_a_relay_that_is_closed(heard, relay):
 def test_without_a_callback_there_is_no_topic_and_no_thread(monkeypatch):
     monkeypatch.setattr(sklearn_transport, "_left", set())
     relay = Relay(FakeClient())
-    assert relay.listen([Ticket("f", None, Payload(None))]) is None
+    assert relay.listen([Ticket("f", ("f", "task 0"), None, Payload(None))]) is None
     assert not hasattr(relay._client, "topic")
     assert not relay._has_thread

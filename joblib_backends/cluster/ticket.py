@@ -7,7 +7,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ..data.codec import Payload, Wire
 from ..worker import PackedOutcome
@@ -16,13 +16,19 @@ from .outer_task import OuterTask
 __all__ = ["Cancel", "Ticket"]
 
 
+#: Characters of what a key says of tasks.
+_TASKS_SHOWN: Final = 120
+
+
 class Ticket(Future[PackedOutcome]):
     """A batch on its way: done when its outcome is here.
 
     Parameters
     ----------
     name : str
-        What it runs, for the key.
+        What it runs, for messages.
+    label : tuple of str
+        What it is called on Dask's dashboard: function and estimator, and which tasks of the call.
     wire : tuple
         What travels.
     payload : Payload
@@ -38,6 +44,7 @@ class Ticket(Future[PackedOutcome]):
     def __init__(
         self,
         name: str,
+        label: tuple[str, str],
         wire: Wire,
         payload: Payload,
         timeout_s: float | None = None,
@@ -59,7 +66,10 @@ class Ticket(Future[PackedOutcome]):
         self.is_sent = False
         #: When a worker was seen to start it, and which.
         self.started: tuple[float, str] | None = None
-        self._key = f"{re.sub(r'[^A-Za-z0-9_.<>]', '_', name)}-{uuid.uuid4().hex}"
+        # Dask groups tasks by all words up to the first that are letters only: by function and estimator.
+        function, tasks = label
+        shown = tasks[:_TASKS_SHOWN].encode(errors="replace").decode()
+        self._key = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', function)}-{shown}-{uuid.uuid4().hex}"
 
     @property
     def key(self) -> str:

@@ -32,6 +32,7 @@ __all__ = [
     "cut_fold",
     "cuts_columns",
     "description_of",
+    "estimator_of",
     "failed_result",
     "fit_name",
     "fitted_parts_of",
@@ -170,6 +171,12 @@ def description_of(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         place, n_folds = given["split_progress"]
         parts.append(f"fold {place + 1} of {n_folds}")
     return ", ".join(parts) or type(given["estimator"]).__name__
+
+
+def estimator_of(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any | None:
+    """Return the estimator that a task is about, in scikit-learn's own functions the first argument; None without."""
+    first = args[0] if args else kwargs.get("estimator")
+    return first if hasattr(type(first), "get_params") else None
 
 
 def failed_result(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: BaseException) -> Any | None:

@@ -45,11 +45,13 @@ class Work:
     """A batch on its way to a tier: the call itself where memory is shared, a payload elsewhere."""
 
     function: Callable[[], list[Any]]
-    #: What the tasks are, for keys and messages.
+    #: What the tasks are, for messages.
     name: str
     #: What the batch may use.
     share: Share
     payload: Payload | None = None
+    #: Returns what it is called where people see it among others: the function with its estimator, and which tasks.
+    label: Callable[[], tuple[str, str]] = lambda: ("", "")
 
     @property
     def wire(self) -> Wire:

@@ -121,7 +121,7 @@ class DaskTier(Tier):
         # Calls in it that stay in the worker have the one core of its slot.
         wire = work.payload.sent_with(Share(1, work.share.limits))
         n_slots = work.share.cores or 1
-        ticket = Ticket(work.name, wire, work.payload, self._task_timeout, n_slots, self._outer_task)
+        ticket = Ticket(work.name, work.label(), wire, work.payload, self._task_timeout, n_slots, self._outer_task)
         self._tickets.add(ticket)
         ticket.add_done_callback(self._tickets.discard)
         self._connection.outbox.put(ticket)

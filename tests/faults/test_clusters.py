@@ -1,6 +1,5 @@
 """Every way to name a cluster, and clusters of every kind: real schedulers and workers, ended after each test."""
 
-import contextlib
 import gc
 import json
 import os
@@ -19,10 +18,11 @@ from clusters import (
     LONG,
     ROOT,
     Cluster,
-    Nursery,
+    KeyKeeper,
     eventually,
     hold,
     is_alive,
+    key_of_this_task,
     kill,
     pids,
     square,
@@ -30,12 +30,14 @@ from clusters import (
     wait_until,
 )
 from joblib import Parallel, cpu_count, delayed, parallel_backend
+from sklearn.model_selection import GridSearchCV, cross_validate
 
 from joblib_backends import HybridBackend, last_report
 from joblib_backends.config import Config
 from joblib_backends.errors import ClusterUnavailableError, ConfigurationError, RecoveryWarning
 
 distributed = pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
+key_split = pytest.importorskip("dask.utils", reason="the extra 'dask' is not installed").key_split
 dask_config = pytest.importorskip("dask.config", reason="the extra 'dask' is not installed")
 address = pytest.importorskip("joblib_backends.cluster.address", reason="the extra 'dask' is not installed")
 LocalCluster = pytest.importorskip("joblib_backends.cluster.local").LocalCluster
@@ -44,25 +46,6 @@ LocalCluster = pytest.importorskip("joblib_backends.cluster.local").LocalCluster
 pytestmark = pytest.mark.timeout(180)
 
 SQUARES = [i * i for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with contextlib.closing(Nursery()) as nursery:
-        yield nursery
-
-
-@pytest.fixture
-def make_cluster(nursery, tmp_path):
-    """Return a function that starts a cluster; all of them are ended after the test."""
-    with contextlib.ExitStack() as stack:
-
-        def make(n_workers=2, **options):
-            cluster = Cluster(nursery, tmp_path / "clusters", n_workers, **options)
-            stack.callback(cluster.close)
-            return cluster.ready() if n_workers else cluster
-
-        yield make
 
 
 @pytest.fixture(scope="module")
@@ -644,3 +627,36 @@ def look_at(client, folder, seen):
 
 def priorities_of(dask_scheduler):
     return [task.priority[0] for task in dask_scheduler.tasks.values() if "hold" in str(task.key)]
+
+
+# ---- what people see on the dashboard
+
+
+def test_keys_name_the_function_the_estimator_and_the_tasks(make_cluster, tmp_path):
+    X, y = [[0.0], [1.0]] * 6, [0, 1] * 6  # noqa: N806
+    with parallel_backend("hybrid", scheduler=make_cluster().address, n_jobs=2, fallback=False):
+        keys = Parallel(batch_size=3)(delayed(key_of_this_task)(i) for i in range(6))
+        cross_validate(KeyKeeper(folder=tmp_path), X, y, cv=2)
+        validated = keys_in(tmp_path)
+        GridSearchCV(KeyKeeper(folder=tmp_path), {"c": [1, "\udc80\n"]}, cv=2, refit=False).fit(X, y)
+        searched = keys_in(tmp_path)
+    assert [key.rpartition("-")[0] for key in keys] == [
+        *["key_of_this_task-tasks 0 to 2"] * 3,
+        *["key_of_this_task-tasks 3 to 5"] * 3,
+    ]
+    assert validated == [f"_fit_and_score-KeyKeeper-task {i}" for i in range(2)]
+    assert searched == [
+        f"_fit_and_score-KeyKeeper-task {2 * i + k}, candidate c={c}, fold {k + 1} of 2"
+        for i, c in enumerate(["1", r"'\udc80\n'"])
+        for k in range(2)
+    ]
+    assert {key_split(key) for key in [*keys, *searched]} == {"key_of_this_task", "fit_and_score-KeyKeeper"}
+
+
+def keys_in(folder):
+    """Return the keys that were written into a folder, without what makes each another; and remove them."""
+    files = list(folder.glob("*.key"))
+    keys = sorted(file.read_text().rpartition("-")[0] for file in files)
+    for file in files:
+        file.unlink()
+    return keys

@@ -23,7 +23,6 @@ from clusters import (
     LONG,
     ROOT,
     Cluster,
-    Nursery,
     Step,
     endless_at,
     endless_before,
@@ -78,26 +77,6 @@ CUT_OFF = "Batches could not be sent to .*, or fetched from it"
 RNG = np.random.default_rng(0)
 X = RNG.random((60, 3))
 Y = np.arange(60) % 2
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture
-def make_cluster(nursery, tmp_path):
-    """Return a function that starts a cluster; all of them are ended after the test."""
-    with contextlib.ExitStack() as stack:
-
-        def make(n_workers=2, **options):
-            cluster = Cluster(nursery, tmp_path, n_workers, **options)
-            stack.callback(cluster.close)
-            return cluster.ready() if n_workers else cluster
-
-        yield make
 
 
 @pytest.fixture(scope="module")

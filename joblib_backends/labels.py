@@ -1,0 +1,53 @@
+"""What batches are called in messages, and on Dask's dashboard."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .batches import Batch
+from .sharing import sklearn_inside
+from .worker import task_names
+
+__all__ = ["description_of", "label_of"]
+
+#: Characters of a task's arguments in messages.
+_ARGUMENTS_SHOWN: Final = 200
+
+
+def label_of(batch: Batch) -> tuple[str, str]:
+    """Return the name of what a batch runs, with its estimator, and which tasks of the call these are.
+
+    For a search, which candidate and fold. Nothing is shown of other arguments: they may be large, and who looks at
+    a cluster need not see them.
+    """
+    name, items = task_names(batch.function), batch.items
+    if not items:
+        return name, _places(batch)
+    estimator = sklearn_inside.estimator_of(*items[0])
+    kind = None if estimator is None else type(estimator).__name__
+    of_search = sklearn_inside.description_of(*items[0]) if batch.size == 1 else None
+    tasks = _places(batch) if of_search in (None, kind) else f"{_places(batch)}, {of_search}"
+    return (name if kind is None else f"{name}-{kind}"), tasks
+
+
+def description_of(batch: Batch) -> str:
+    """Return which tasks a batch has, with their arguments if it is a single one, for messages."""
+    items = batch.items
+    return f"{_places(batch)}{_arguments(*items[0])}" if items and batch.size == 1 else _places(batch)
+
+
+def _places(batch: Batch) -> str:
+    first, last = batch.first_task + batch.positions[0], batch.first_task + batch.positions[-1]
+    return f"tasks {first} to {last}" if batch.size > 1 else f"task {first}"
+
+
+def _arguments(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return what tells a task from others of its call."""
+    of_search = sklearn_inside.description_of(callee, args, kwargs)
+    if of_search is not None:
+        return f" ({of_search})"
+    shown = [*map(reprlib.repr, args), *(f"{name}={reprlib.repr(value)}" for name, value in kwargs.items())]
+    text = ", ".join(shown)
+    return f" ({text[:_ARGUMENTS_SHOWN]}{'...' if len(text) > _ARGUMENTS_SHOWN else ''})"
