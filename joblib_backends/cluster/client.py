@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import pickle
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Final
 
 import distributed
@@ -20,6 +22,7 @@ __all__ = [
     "active_client",
     "address_and_certificates",
     "check_blocks",
+    "check_is_of_this_process",
     "connect",
     "descriptions",
     "future_of",
@@ -40,6 +43,9 @@ _CLOSE_S: Final = 5.0
 
 #: States of a client that has, or may get back, its connection.
 _ALIVE: Final = ("running", "connecting")
+
+#: The clients of the parent in a forked child: their threads were left behind, and what is asked of them never ends.
+_inherited: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
 class _Client(distributed.Client):
@@ -63,7 +69,8 @@ def active_client() -> Any:
         client = distributed.Client.current()  # type: ignore[no-untyped-call]
     except ValueError:
         return None
-    return client if client.status == "running" and not client.asynchronous else None
+    is_usable = client.status == "running" and not client.asynchronous and client not in _inherited
+    return client if is_usable else None
 
 
 def connect(config: Config, address: str, timeout_s: float) -> Any:
@@ -107,6 +114,22 @@ def check_blocks(client: Any) -> None:
         raise ConfigurationError(
             f"client is {client!r}, which is asynchronous, but joblib calls block: use Client(..., "
             "asynchronous=False) in a thread without an event loop."
+        )
+
+
+def check_is_of_this_process(client: Any) -> None:
+    """Refuse a client that was made before this process was forked.
+
+    Raises
+    ------
+    ClusterUnavailableError
+        If it was.
+    """
+    if client in _inherited:
+        raise ClusterUnavailableError(
+            f"client is {client!r} of the parent process, and a forked process such as this one, {os.getpid()}, has no "
+            "part in its connection: name the cluster by scheduler= instead, or start processes by another method "
+            "than fork."
         )
 
 
@@ -248,3 +271,15 @@ def _answering(client: Any, timeout_s: float) -> Iterator[None]:
         raise ClusterUnavailableError(
             f"The Dask scheduler of {client!r} did not answer within {timeout_s:g} seconds: is it still running?"
         ) from error
+
+
+def _leave_to_parent() -> None:
+    # No public attribute of a client tells where it was made. Without this one, questions end when their time is up.
+    _inherited.update(getattr(distributed.Client, "_instances", ()))
+    # Dask's one thread for long messages stays behind, too; its pool would wait for it for ever.
+    if hasattr(distributed.utils, "_offload_executor"):
+        distributed.utils._offload_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -13,7 +14,16 @@ from typing import Any, ClassVar, Final
 from ..config import Config
 from ..errors import ClusterUnavailableError, ConfigurationError
 from .address import address_of, is_named
-from .client import GONE, active_client, address_and_certificates, check_blocks, connect, future_of, is_alive
+from .client import (
+    GONE,
+    active_client,
+    address_and_certificates,
+    check_blocks,
+    check_is_of_this_process,
+    connect,
+    future_of,
+    is_alive,
+)
 from .exchange import Exchange
 from .outfit import Outfit
 from .placement import Placement, most_slots
@@ -29,6 +39,9 @@ _CAPACITY_VALID_S: Final = 1.0
 _WAIT_AGAIN_S: Final = 1.0
 _MISSING_FOR_S: Final = 60.0
 
+#: What a forked child must neither use nor let go of: the end of a client waits for threads of the parent.
+_of_parent: Final[list[object]] = []
+
 
 class Connection:
     """A client, and the exchange that all calls on it share.
@@ -38,6 +51,9 @@ class Connection:
 
     _connections: ClassVar[weakref.WeakValueDictionary[object, Connection]] = weakref.WeakValueDictionary()
     _missing_since: ClassVar[dict[object, float]] = {}
+    #: What one thread at a time holds that makes the connection of a key, which may take several times ``wait_s``.
+    _making: ClassVar[weakref.WeakValueDictionary[object, threading.Lock]] = weakref.WeakValueDictionary()
+    #: Guards ``_making``; nothing is waited for under it.
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     @classmethod
@@ -52,6 +68,7 @@ class Connection:
         # A connection waits as long as it was told to.
         how = Placement.of(config), config.wait_for_workers
         if client is not None:
+            check_is_of_this_process(client)
             return cls._get((id(client), how), config, lambda: client)
         with cls._patient(config.scheduler, config.wait_for_workers) as wait_s:
             address = address_of(config, wait_s)
@@ -60,7 +77,7 @@ class Connection:
 
     @classmethod
     def _get(cls, key: object, config: Config, client: Callable[[], Any], *, owns_client: bool = False) -> Connection:
-        with cls._lock:
+        with cls._making_lock(key):
             connection = cls._connections.get(key)
             if connection is None or not is_alive(connection.client):
                 connection = cls(client(), config.wait_for_workers, Placement.of(config), owns_client)
@@ -68,6 +85,21 @@ class Connection:
         # Without the lock: the user may have put code in the place of what shows warnings.
         connection.outfit.tell()
         return connection
+
+    @classmethod
+    def _making_lock(cls, key: object) -> threading.Lock:
+        with cls._lock:
+            lock = cls._making.get(key)
+            if lock is None:
+                lock = cls._making[key] = threading.Lock()
+            return lock
+
+    @classmethod
+    def leave_to_parent(cls) -> None:
+        """Start anew in a forked child, which has the connections of its parent without their threads."""
+        _of_parent.extend(cls._connections.values())
+        cls._connections, cls._making = weakref.WeakValueDictionary(), weakref.WeakValueDictionary()
+        cls._lock = threading.Lock()
 
     @classmethod
     def _connect(cls, key: object, config: Config, address: str) -> Any:
@@ -160,3 +192,7 @@ class Connection:
             known = self._held[id(value)] = (value, str(future.key))
             self._remote_objects[known[1]] = future
         return known[1]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Connection.leave_to_parent)
