@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("cluster/__init__.py", "cluster/client.py", "cluster/ticket.py", "cluster/abroad.py", "cluster/versions.py"),
         *("cluster/accounting.py", "cluster/keeper.py", "cluster/sklearn_transport.py"),
     ),
-    ("cluster/travel.py",),
+    ("cluster/travel.py", "cluster/delivery.py"),
     ("cluster/losses.py", "cluster/placement.py", "cluster/copies.py", "cluster/outlet.py", "cluster/relay.py"),
     ("cluster/spread.py", "cluster/outfit.py"),
     ("cluster/places.py", "cluster/local.py", "cluster/local_host.py"),
