@@ -19,6 +19,7 @@ from ..config import Config
 from ..errors import ClusterUnavailableError, ConfigurationError
 
 __all__ = [
+    "Holders",
     "active_client",
     "address_and_certificates",
     "check_blocks",
@@ -40,6 +41,12 @@ GONE: Final = (OSError, TimeoutError, RuntimeError, ValueError)
 
 #: Seconds that the end of a client may take that has not connected.
 _CLOSE_S: Final = 5.0
+
+#: Seconds that results may be on their way before it is asked who has them: mostly all are here by then.
+_SOON_S: Final = 0.2
+
+#: The workers that have each of some results.
+Holders = Mapping[str, Collection[str]]
 
 #: States of a client that has, or may get back, its connection.
 _ALIVE: Final = ("running", "connecting")
@@ -143,18 +150,27 @@ def is_alive(client: Any) -> bool:
     return client.status in _ALIVE
 
 
-def start_gather(client: Any, keys: Sequence[str]) -> Future[dict[str, Any]]:
+def start_gather(client: Any, keys: Sequence[str], note_holders: Callable[[Holders], object]) -> Future[dict[str, Any]]:
     """Have the results of finished tasks fetched; those that cannot be had are left out.
 
     Not ``Client.gather``: it merges what several callers ask for, and one of them that stops waiting ends it for all of
     them, for the user too, whose client this may be.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        The client.
+    keys : sequence
+        Of the tasks.
+    note_holders : callable
+        Called on the client's event loop with the workers that have each result, unless all are here before long.
 
     Returns
     -------
     concurrent.futures.Future
         With the results by key.
     """
-    fetched = _gather(client, list(keys))
+    fetched = _gather(client, list(keys), note_holders)
     try:
         return asyncio.run_coroutine_threadsafe(fetched, client.loop.asyncio_loop)
     except BaseException:
@@ -162,10 +178,24 @@ def start_gather(client: Any, keys: Sequence[str]) -> Future[dict[str, Any]]:
         raise
 
 
-async def _gather(client: Any, keys: list[str]) -> dict[str, Any]:
+async def _gather(client: Any, keys: list[str], note_holders: Callable[[Holders], object]) -> dict[str, Any]:
     if client.direct_to_workers:
-        fetched = await gather_from_workers(await client.scheduler.who_has(keys=keys), rpc=client.rpc)
+        holders = await client.scheduler.who_has(keys=keys)
+        note_holders(holders)
+        fetched = await gather_from_workers(holders, rpc=client.rpc)
         return {str(key): result for key, result in fetched[0].items()}
+    through_scheduler = asyncio.ensure_future(_gather_through_scheduler(client, keys))
+    try:
+        done, _ = await asyncio.wait([through_scheduler], timeout=_SOON_S)
+        if not done:
+            with contextlib.suppress(*GONE):
+                note_holders(await client.scheduler.who_has(keys=keys))
+        return await through_scheduler
+    finally:
+        through_scheduler.cancel()
+
+
+async def _gather_through_scheduler(client: Any, keys: list[str]) -> dict[str, Any]:
     while keys:
         answer = await client.scheduler.gather(keys=keys)
         if answer["status"] == "OK":
