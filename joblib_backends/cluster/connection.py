@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 from ..config import Config
@@ -21,6 +21,7 @@ from .client import (
     check_blocks,
     check_is_of_this_process,
     connect,
+    descriptions,
     future_of,
     is_alive,
 )
@@ -79,7 +80,7 @@ class Connection:
     def _get(cls, key: object, config: Config, client: Callable[[], Any], *, owns_client: bool = False) -> Connection:
         with cls._making_lock(key):
             connection = cls._connections.get(key)
-            if connection is None or not is_alive(connection.client):
+            if connection is None or not connection._is_current():
                 connection = cls(client(), config.wait_for_workers, Placement.of(config), owns_client)
                 cls._connections[key] = connection
         # Without the lock: the user may have put code in the place of what shows warnings.
@@ -125,6 +126,8 @@ class Connection:
     def __init__(self, client: Any, wait_s: float, placement: Placement, owns_client: bool) -> None:
         check_blocks(client)
         self.client = client
+        self._may_be_misnumbered = False
+        placement = self._numbered(placement, wait_s)
         self._placement = placement
         self.outbox: queue.SimpleQueue[Ticket | Cancel | None] = queue.SimpleQueue()
         self._wait_s = wait_s
@@ -142,6 +145,21 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"<Connection {self.client!r}>"
+
+    def _numbered(self, placement: Placement, wait_s: float) -> Placement:
+        if not placement.has_numbers:
+            return placement
+        found: Mapping[str, Mapping[str, Any]] = {}
+        # A cluster that does not answer now is found out by who asks it next.
+        with contextlib.suppress(ClusterUnavailableError):
+            found = descriptions(self.client, wait_s)
+        placement = placement.numbered_as([worker["name"] for worker in found.values()])
+        self._may_be_misnumbered = not any(placement.names(*worker) for worker in found.items())
+        return placement
+
+    def _is_current(self) -> bool:
+        """Return whether calls may use this; not if it has seen no worker that could tell it how they are numbered."""
+        return is_alive(self.client) and not self._may_be_misnumbered
 
     def _provide(self, owns_client: bool) -> None:
         # Here, so that what the workers lack is the caller's to hear; a cluster that does not answer now is found out

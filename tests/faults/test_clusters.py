@@ -42,6 +42,9 @@ from joblib_backends.errors import ClusterUnavailableError, ConfigurationError, 
 distributed = pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 dask_config = pytest.importorskip("dask.config", reason="the extra 'dask' is not installed")
 address = pytest.importorskip("joblib_backends.cluster.address", reason="the extra 'dask' is not installed")
+Placement = pytest.importorskip(
+    "joblib_backends.cluster.placement", reason="the extra 'dask' is not installed"
+).Placement
 client_module = pytest.importorskip("joblib_backends.cluster.client", reason="the extra 'dask' is not installed")
 LocalCluster = pytest.importorskip("joblib_backends.cluster.local").LocalCluster
 
@@ -689,6 +692,41 @@ def test_the_environment_says_where_tasks_run(mixed, folder, monkeypatch):
     monkeypatch.setenv("JOBLIB_BACKEND_RESOURCES", "GPU=1")
     assert runs_on(mixed, folder, scheduler=mixed.address)
     assert pids(folder) == {pids_by_name(mixed)["gpu"]}
+
+
+def test_workers_are_asked_for_by_number_in_text_too(pair, folder, monkeypatch):
+    monkeypatch.setenv("JOBLIB_BACKEND_WORKERS", "1")
+    with pair.client() as client:
+        for case, given in enumerate(({}, {"workers": [1]}, {"workers": ["1", 7]})):
+            (folder / str(case)).mkdir()
+            with parallel_backend("hybrid", client=client, fallback=False, **given) as (backend, _):
+                assert backend.effective_n_jobs(-1) == 1
+                assert squares(folder / str(case), n_jobs=2) == SQUARES
+                assert last_report().tier == "dask"
+            assert pids(folder / str(case)) == {pids_by_name(pair)[1]}
+        for given in ([7], ["7"]):
+            backend = HybridBackend(client=client, workers=given, wait_for_workers=0.2, fallback=False)
+            with pytest.raises(ClusterUnavailableError, match=r"no worker with workers=\['7'\]"):
+                backend.effective_n_jobs(-1)
+        assert client.submit(int).result(LONG) == 0, "it has not lost its scheduler"
+
+
+def test_numbers_become_what_the_cluster_has_and_names_stay():
+    asked = Placement(workers=(0, "1", "2", "node3"))
+    assert asked.numbered_as(["0", 1]).workers == ("0", 1, "2", "node3")
+    assert asked.numbered_as([0, "0", "1", 1]).workers == (0, "1", "2", "node3")
+    assert not Placement(workers=("node3",)).has_numbers
+
+
+def test_a_worker_is_found_by_its_number_that_joins_after_it_was_asked_for():
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster, set_as_default=False) as client:
+        backend = HybridBackend(client=client, workers=["1"], wait_for_workers=0.2, fallback=False)
+        with pytest.raises(ClusterUnavailableError):
+            backend.effective_n_jobs(-1)
+        cluster.scale(2)
+        client.wait_for_workers(2, timeout=LONG)
+        assert backend.effective_n_jobs(-1) == 1
 
 
 @pytest.mark.parametrize(
