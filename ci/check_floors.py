@@ -40,6 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("cluster/accounting.py", "cluster/keeper.py", "cluster/sklearn_transport.py", "cluster/outer_task.py"),
     ),
     ("cluster/travel.py", "cluster/ticket.py"),
+    ("cluster/delivery.py",),
     ("cluster/losses.py", "cluster/placement.py", "cluster/copies.py", "cluster/outlet.py", "cluster/relay.py"),
     ("cluster/spread.py", "cluster/outfit.py"),
     ("cluster/places.py", "cluster/local.py", "cluster/local_host.py"),

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 pytest.importorskip("sklearn.callback", reason="scikit-learn has callbacks from version 1.9")
 
+from joblib_backends.cluster import delivery as deliveries
 from joblib_backends.cluster import outlet as outlets
 from joblib_backends.cluster import sklearn_transport
 from joblib_backends.cluster.outlet import Outlet, relaying
@@ -276,6 +277,70 @@ def test_a_message_that_cannot_be_delivered_holds_up_no_other(relay, heard, capl
     assert all_is_delivered(relay)
     assert lines == ["a"]
     assert "could not be delivered" in caplog.text
+
+
+class Deaf:
+    """A listener that takes a message and never comes back, until ``go`` is set."""
+
+    def __init__(self):
+        self.taken, self.go = threading.Event(), threading.Event()
+        self.n_taken = 0
+
+    def __call__(self, _):
+        self.n_taken += 1
+        self.taken.set()
+        assert self.go.wait(2 * LONG)
+
+
+@pytest.fixture
+def deaf():
+    """Return such a listener, and its handle."""
+    listener = Deaf()
+    handle = sklearn_transport.open_listener(listener)
+    yield listener, handle
+    listener.go.set()
+    sklearn_transport.close_listener(handle)
+
+
+def test_a_listener_that_stops_to_listen_holds_up_neither_ends_nor_other_listeners(
+    relay, heard, deaf, caplog, monkeypatch
+):
+    monkeypatch.setattr(deliveries, "_LOOK_S", 0.02)
+    (lines, handle), (listener, deaf_handle) = heard, deaf
+    ticket = ticket_on(relay)
+    together = [(ticket.key, one.address, pickle.dumps("a")) for one in (deaf_handle, handle, deaf_handle)]
+    relay._client.tell((0.0, ("outlet", 0, together)))
+    relay._client.tell(event(1, ticket.key, deaf_handle, "b"))
+    relay._client.tell(event(2, ticket.key, handle, "c"))
+    relay.after_messages(lambda: ticket.end((True, b"", (0.0, 0.0, 0.0))))
+    ticket.result(LONG)
+    assert lines == ["a", "c"]
+    assert listener.n_taken == 1
+    assert caplog.text.count("gets no more of them") == 1
+
+
+def test_a_batch_that_is_cancelled_waits_for_no_other_ones_message(relay, deaf, monkeypatch):
+    monkeypatch.setattr(deliveries, "_SETTLE_S", 10 * LONG)
+    monkeypatch.setattr(deliveries, "_LOOK_S", LONG)
+    listener, handle = deaf
+    tickets = [ticket_on(relay) for _ in range(1_000)]
+    relay._client.tell(event(0, tickets[0].key, handle, "a"))
+    assert listener.taken.wait(LONG)
+    for ticket in tickets[1:]:
+        assert ticket.cancel()
+    # Nor for its own for longer than a moment after it was handed over.
+    monkeypatch.setattr(deliveries, "_SETTLE_S", 0.0)
+    assert tickets[0].cancel()
+
+
+def test_a_listener_may_end_the_batch_that_speaks_to_it(relay, monkeypatch):
+    monkeypatch.setattr(deliveries, "_SETTLE_S", 10 * LONG)
+    ticket = ticket_on(relay)
+    handle = sklearn_transport.open_listener(lambda _: ticket.cancel())
+    relay._client.tell(event(0, ticket.key, handle, "a"))
+    assert all_is_delivered(relay)
+    assert ticket.cancelled()
+    sklearn_transport.close_listener(handle)
 
 
 def test_ends_do_not_wait_for_a_relay_that_is_closed(heard, relay):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import pickle
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Final
 
 import distributed
@@ -17,9 +19,11 @@ from ..config import Config
 from ..errors import ClusterUnavailableError, ConfigurationError
 
 __all__ = [
+    "Holders",
     "active_client",
     "address_and_certificates",
     "check_blocks",
+    "check_is_of_this_process",
     "connect",
     "descriptions",
     "future_of",
@@ -38,8 +42,17 @@ GONE: Final = (OSError, TimeoutError, RuntimeError, ValueError)
 #: Seconds that the end of a client may take that has not connected.
 _CLOSE_S: Final = 5.0
 
+#: Seconds that results may be on their way before it is asked who has them: mostly all are here by then.
+_SOON_S: Final = 0.2
+
+#: The workers that have each of some results.
+Holders = Mapping[str, Collection[str]]
+
 #: States of a client that has, or may get back, its connection.
 _ALIVE: Final = ("running", "connecting")
+
+#: The clients of the parent in a forked child: their threads were left behind, and what is asked of them never ends.
+_inherited: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
 class _Client(distributed.Client):
@@ -63,7 +76,8 @@ def active_client() -> Any:
         client = distributed.Client.current()  # type: ignore[no-untyped-call]
     except ValueError:
         return None
-    return client if client.status == "running" and not client.asynchronous else None
+    is_usable = client.status == "running" and not client.asynchronous and client not in _inherited
+    return client if is_usable else None
 
 
 def connect(config: Config, address: str, timeout_s: float) -> Any:
@@ -110,6 +124,22 @@ def check_blocks(client: Any) -> None:
         )
 
 
+def check_is_of_this_process(client: Any) -> None:
+    """Refuse a client that was made before this process was forked.
+
+    Raises
+    ------
+    ClusterUnavailableError
+        If it was.
+    """
+    if client in _inherited:
+        raise ClusterUnavailableError(
+            f"client is {client!r} of the parent process, and a forked process such as this one, {os.getpid()}, has no "
+            "part in its connection: name the cluster by scheduler= instead, or start processes by another method "
+            "than fork."
+        )
+
+
 def future_of(client: Any, value: Any) -> Any:
     """Return the future of a Dask collection, computed in one place of the cluster; a future is its own."""
     return value if isinstance(value, distributed.Future) else client.compute(value)
@@ -120,18 +150,27 @@ def is_alive(client: Any) -> bool:
     return client.status in _ALIVE
 
 
-def start_gather(client: Any, keys: Sequence[str]) -> Future[dict[str, Any]]:
+def start_gather(client: Any, keys: Sequence[str], note_holders: Callable[[Holders], object]) -> Future[dict[str, Any]]:
     """Have the results of finished tasks fetched; those that cannot be had are left out.
 
     Not ``Client.gather``: it merges what several callers ask for, and one of them that stops waiting ends it for all of
     them, for the user too, whose client this may be.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        The client.
+    keys : sequence
+        Of the tasks.
+    note_holders : callable
+        Called on the client's event loop with the workers that have each result, unless all are here before long.
 
     Returns
     -------
     concurrent.futures.Future
         With the results by key.
     """
-    fetched = _gather(client, list(keys))
+    fetched = _gather(client, list(keys), note_holders)
     try:
         return asyncio.run_coroutine_threadsafe(fetched, client.loop.asyncio_loop)
     except BaseException:
@@ -139,10 +178,24 @@ def start_gather(client: Any, keys: Sequence[str]) -> Future[dict[str, Any]]:
         raise
 
 
-async def _gather(client: Any, keys: list[str]) -> dict[str, Any]:
+async def _gather(client: Any, keys: list[str], note_holders: Callable[[Holders], object]) -> dict[str, Any]:
     if client.direct_to_workers:
-        fetched = await gather_from_workers(await client.scheduler.who_has(keys=keys), rpc=client.rpc)
+        holders = await client.scheduler.who_has(keys=keys)
+        note_holders(holders)
+        fetched = await gather_from_workers(holders, rpc=client.rpc)
         return {str(key): result for key, result in fetched[0].items()}
+    through_scheduler = asyncio.ensure_future(_gather_through_scheduler(client, keys))
+    try:
+        done, _ = await asyncio.wait([through_scheduler], timeout=_SOON_S)
+        if not done:
+            with contextlib.suppress(*GONE):
+                note_holders(await client.scheduler.who_has(keys=keys))
+        return await through_scheduler
+    finally:
+        through_scheduler.cancel()
+
+
+async def _gather_through_scheduler(client: Any, keys: list[str]) -> dict[str, Any]:
     while keys:
         answer = await client.scheduler.gather(keys=keys)
         if answer["status"] == "OK":
@@ -248,3 +301,15 @@ def _answering(client: Any, timeout_s: float) -> Iterator[None]:
         raise ClusterUnavailableError(
             f"The Dask scheduler of {client!r} did not answer within {timeout_s:g} seconds: is it still running?"
         ) from error
+
+
+def _leave_to_parent() -> None:
+    # No public attribute of a client tells where it was made. Without this one, questions end when their time is up.
+    _inherited.update(getattr(distributed.Client, "_instances", ()))
+    # Dask's one thread for long messages stays behind, too; its pool would wait for it for ever.
+    if hasattr(distributed.utils, "_offload_executor"):
+        distributed.utils._offload_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 from ..config import Config
 from ..errors import ClusterUnavailableError, ConfigurationError
 from .address import address_of, is_named
-from .client import GONE, active_client, address_and_certificates, check_blocks, connect, future_of, is_alive
+from .client import (
+    GONE,
+    active_client,
+    address_and_certificates,
+    check_blocks,
+    check_is_of_this_process,
+    connect,
+    descriptions,
+    future_of,
+    is_alive,
+)
 from .exchange import Exchange
 from .outfit import Outfit
 from .placement import Placement, most_slots
@@ -29,6 +40,9 @@ _CAPACITY_VALID_S: Final = 1.0
 _WAIT_AGAIN_S: Final = 1.0
 _MISSING_FOR_S: Final = 60.0
 
+#: What a forked child must neither use nor let go of: the end of a client waits for threads of the parent.
+_of_parent: Final[list[object]] = []
+
 
 class Connection:
     """A client, and the exchange that all calls on it share.
@@ -38,6 +52,9 @@ class Connection:
 
     _connections: ClassVar[weakref.WeakValueDictionary[object, Connection]] = weakref.WeakValueDictionary()
     _missing_since: ClassVar[dict[object, float]] = {}
+    #: What one thread at a time holds that makes the connection of a key, which may take several times ``wait_s``.
+    _making: ClassVar[weakref.WeakValueDictionary[object, threading.Lock]] = weakref.WeakValueDictionary()
+    #: Guards ``_making``; nothing is waited for under it.
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     @classmethod
@@ -52,6 +69,7 @@ class Connection:
         # A connection waits as long as it was told to.
         how = Placement.of(config), config.wait_for_workers
         if client is not None:
+            check_is_of_this_process(client)
             return cls._get((id(client), how), config, lambda: client)
         with cls._patient(config.scheduler, config.wait_for_workers) as wait_s:
             address = address_of(config, wait_s)
@@ -60,14 +78,29 @@ class Connection:
 
     @classmethod
     def _get(cls, key: object, config: Config, client: Callable[[], Any], *, owns_client: bool = False) -> Connection:
-        with cls._lock:
+        with cls._making_lock(key):
             connection = cls._connections.get(key)
-            if connection is None or not is_alive(connection.client):
+            if connection is None or not connection._is_current():
                 connection = cls(client(), config, owns_client)
                 cls._connections[key] = connection
         # Without the lock: the user may have put code in the place of what shows warnings.
         connection.outfit.tell()
         return connection
+
+    @classmethod
+    def _making_lock(cls, key: object) -> threading.Lock:
+        with cls._lock:
+            lock = cls._making.get(key)
+            if lock is None:
+                lock = cls._making[key] = threading.Lock()
+            return lock
+
+    @classmethod
+    def leave_to_parent(cls) -> None:
+        """Start anew in a forked child, which has the connections of its parent without their threads."""
+        _of_parent.extend(cls._connections.values())
+        cls._connections, cls._making = weakref.WeakValueDictionary(), weakref.WeakValueDictionary()
+        cls._lock = threading.Lock()
 
     @classmethod
     def _connect(cls, key: object, config: Config, address: str) -> Any:
@@ -93,7 +126,9 @@ class Connection:
     def __init__(self, client: Any, config: Config, owns_client: bool) -> None:
         check_blocks(client)
         self.client = client
-        wait_s, placement = config.wait_for_workers, Placement.of(config)
+        wait_s = config.wait_for_workers
+        self._may_be_misnumbered = False
+        placement = self._numbered(Placement.of(config), wait_s)
         self._placement = placement
         self.outbox: queue.SimpleQueue[Ticket | Cancel | None] = queue.SimpleQueue()
         self._wait_s = wait_s
@@ -113,6 +148,21 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"<Connection {self.client!r}>"
+
+    def _numbered(self, placement: Placement, wait_s: float) -> Placement:
+        if not placement.has_numbers:
+            return placement
+        found: Mapping[str, Mapping[str, Any]] = {}
+        # A cluster that does not answer now is found out by who asks it next.
+        with contextlib.suppress(ClusterUnavailableError):
+            found = descriptions(self.client, wait_s)
+        placement = placement.numbered_as([worker["name"] for worker in found.values()])
+        self._may_be_misnumbered = not any(placement.names(*worker) for worker in found.items())
+        return placement
+
+    def _is_current(self) -> bool:
+        """Return whether calls may use this; not if it has seen no worker that could tell it how they are numbered."""
+        return is_alive(self.client) and not self._may_be_misnumbered
 
     def _provide(self, owns_client: bool) -> None:
         # Here, so that what the workers lack is the caller's to hear; a cluster that does not answer now is found out
@@ -178,3 +228,7 @@ def _client_of(config: Config) -> Any:
             f"The Dask task {config.outer_task!r} could not reach its scheduler within "
             f"wait_for_workers={config.wait_for_workers:g} seconds: is it still running?"
         ) from error
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Connection.leave_to_parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from concurrent.futures import CancelledError, Future
 from typing import Any, Final, NamedTuple
 
@@ -30,8 +31,12 @@ class _Fetch(NamedTuple):
     tickets: dict[str, Ticket]
     outcomes: Future[dict[str, Any]]
     since: float
-    #: The workers that there were.
-    workers: frozenset[str]
+    #: The workers that have each outcome, once that is known.
+    holders: dict[str, Collection[str]]
+
+    def lost_without(self, workers: frozenset[str]) -> set[str]:
+        """Return the keys of outcomes that were on other workers only."""
+        return {key for key, holders in dict(self.holders).items() if workers.isdisjoint(holders)}
 
 
 class Fetching:
@@ -73,13 +78,20 @@ class Fetching:
         return self._fetches[-1].since + _ALONE_S if self._fetches else 0.0
 
     def give_up_slow(self) -> list[Ticket]:
-        """Return batches whose outcomes may be on a worker that is gone: Dask tries 30 s to reach it."""
-        now, workers = time.monotonic(), self._flight.workers
-        slow = [fetch for fetch in self._fetches if now - fetch.since >= _SLOW_S and not fetch.workers <= workers]
-        self._fetches = [fetch for fetch in self._fetches if fetch not in slow]
-        for fetch in slow:
-            fetch.outcomes.cancel()
-        return [ticket for fetch in slow for ticket in _still_meant(fetch).values()]
+        """Return batches whose outcomes are on workers that are gone: Dask tries 30 s to reach one.
+
+        What comes with them and is elsewhere is fetched anew; all other fetches go on.
+        """
+        now, given_up = time.monotonic(), []
+        for fetch in [fetch for fetch in self._fetches if now - fetch.since >= _SLOW_S]:
+            lost = fetch.lost_without(self._flight.workers)
+            if lost:
+                self._fetches.remove(fetch)
+                fetch.outcomes.cancel()
+                meant = _still_meant(fetch)
+                given_up += [ticket for key, ticket in meant.items() if key in lost]
+                self._finished += [ticket for key, ticket in meant.items() if key not in lost]
+        return given_up
 
     def give_up(self) -> None:
         """Fetch nothing more of what has finished so far."""
@@ -90,8 +102,9 @@ class Fetching:
     def _start(self) -> None:
         flight, tickets, self._finished = self._flight, self._finished, []
         by_key = {ticket.key: ticket for ticket in tickets}
-        outcomes = start_gather(flight.client, list(by_key))
-        self._fetches.append(_Fetch(by_key, outcomes, time.monotonic(), flight.workers))
+        holders: dict[str, Collection[str]] = {}
+        outcomes = start_gather(flight.client, list(by_key), holders.update)
+        self._fetches.append(_Fetch(by_key, outcomes, time.monotonic(), holders))
         outcomes.add_done_callback(lambda _: flight.done.put(None))
 
     def _outcomes_of(self, fetch: _Fetch) -> list[tuple[Ticket, Any]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import warnings
 import weakref
@@ -211,3 +212,12 @@ def _hearing(outfit: weakref.ref[Outfit]) -> Any:
 def lacks_package(error: BaseException | None) -> bool:
     """Return whether a task failed because its worker does not have this package."""
     return isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == PACKAGE
+
+
+def _forget_in_child() -> None:
+    # A thread of the parent may have held it.
+    Outfit._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

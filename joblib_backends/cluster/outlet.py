@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import pickle
 import threading
 import uuid
@@ -93,7 +94,7 @@ def relaying(worker: Any, topic: str | None) -> Iterator[None]:
 # ---- which way
 
 #: Guards the routes, and what waits in all outlets.
-_changed: Final = threading.Condition()
+_changed = threading.Condition()
 
 #: The batches that run now and have adopted a listener, the latest last.
 _routes: Final[dict[str, list[_Route]]] = {}
@@ -311,3 +312,13 @@ class Outlet:
                 await asyncio.sleep(pause_s)
             else:
                 return
+
+
+def _forget_in_child() -> None:
+    # A task may fork while another one has it.
+    global _changed
+    _changed = threading.Condition()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import Config
@@ -42,6 +42,25 @@ class Placement:
         return " and ".join(asked)
 
     @property
+    def has_numbers(self) -> bool:
+        """Whether workers are asked for by number, which some clusters have as text and others not."""
+        return any(str(name).isdigit() for name in self.workers)
+
+    def numbered_as(self, names: Collection[Any]) -> Placement:
+        """Return the same, with numbers as the workers of a cluster have them in their ``names``.
+
+        To Dask, 0 and "0" are two names. A number that nobody has is text: Dask's scheduler answers one that it does
+        not know by cutting off the client.
+        """
+        known = {str(name): name for name in names}
+        workers = tuple(name if name in names else known.get(str(name), str(name)) for name in self.workers)
+        return replace(self, workers=workers)
+
+    def names(self, address: str, worker: Mapping[str, Any]) -> bool:
+        """Return whether a worker is among those that are asked for by name, address or host."""
+        return not {address, worker["host"], worker["name"]}.isdisjoint(self.workers)
+
+    @property
     def options(self) -> dict[str, Any]:
         """What ``Client.map`` and ``Client.submit`` are to be told; nothing that is Dask's own default.
 
@@ -66,7 +85,7 @@ class Placement:
         return {address: n_slots for address, n_slots in found.items() if n_slots}
 
     def _slots_of(self, address: str, worker: Mapping[str, Any]) -> int:
-        if self.workers and not {address, worker["host"], worker["name"]} & set(self.workers):
+        if self.workers and not self.names(address, worker):
             return 0
         supplied = worker["resources"]
         rooms: list[int] = [math.floor(supplied.get(name, 0) / needed) for name, needed in self.resources]

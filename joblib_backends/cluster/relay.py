@@ -2,7 +2,7 @@
 
 ::
 
-    worker: outlet.py ──event──> the client's event loop ──inbox──> relay thread ──> scikit-learn's listener
+    worker: outlet.py ──event──> the client's event loop ──inbox──> relay thread ──> delivery.py: listener
 
 Invariants: what a batch has said is delivered before its outcome is, in the order in which each worker said it; and
 nothing is delivered for a batch that has ended, such as one that an aborted call has left running.
@@ -15,27 +15,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 import queue
 import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from concurrent.futures import Future
+from typing import Any
 
 from . import sklearn_transport
+from .delivery import Delivery, Message
 from .ticket import Ticket
 
 __all__ = ["Relay"]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds that the end of a batch waits for the message that is being delivered; scikit-learn's own listeners take
-#: microseconds, they only put it on a list.
-_DELIVERY_S: Final = 1.0
-
 #: An event of a worker: its outlet, a number, and (key of the batch, address of the listener, message) of each.
-_Event = tuple[str, int, list[tuple[str, str, bytes]]]
+_Event = tuple[str, int, list[Message]]
 
 
 class _Inbox:
@@ -77,7 +74,8 @@ class Relay:
         self._is_subscribed = False
         self._has_thread = False
         self._lock = threading.Lock()
-        self._delivering = threading.Lock()
+        self._delivery: Delivery | None = None
+        self._deaf: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Relay {self._inbox.n_delivered}/{self._inbox.n_events} events>"
@@ -122,10 +120,11 @@ class Relay:
                 self._client.unsubscribe_topic(self._topic)
         self._inbox.items.put(None)
 
-    def _settle(self, _ended: object) -> None:
+    def _settle(self, ended: Future[Any]) -> None:
         """Let the message come to its end that is being delivered: none may come after the end of its batch."""
-        if self._delivering.acquire(timeout=_DELIVERY_S):
-            self._delivering.release()
+        delivery = self._delivery
+        if delivery is not None:
+            delivery.settle(ended)
 
     # ---- relay thread
 
@@ -153,21 +152,16 @@ class Relay:
         finally:
             self._inbox.n_delivered += 1
 
-    def _deliver(self, outlet: str, number: int, messages: Iterable[tuple[str, str, bytes]]) -> None:
+    def _deliver(self, outlet: str, number: int, messages: list[Message]) -> None:
         # A worker that was not told that its event had arrived sends it again.
         if number < self._n_seen.get(outlet, 0):
             return
         self._n_seen[outlet] = number + 1
-        for key, address, pickled in messages:
-            ticket = self._tickets.get(key)
-            with self._delivering:
-                # Neither has it ended, nor was it sent again, which would say the same twice.
-                if ticket is not None and ticket.key == key and not ticket.done():
-                    self._deliver_one(address, pickled)
-            del ticket
-
-    def _deliver_one(self, address: str, pickled: bytes) -> None:
+        left = messages
         try:
-            sklearn_transport.deliver(address, pickle.loads(pickled))
-        except Exception:
-            _log.warning("A message of a callback could not be delivered to %s", address, exc_info=True)
+            while left:
+                self._delivery = Delivery(left, self._tickets.get, self._deaf)
+                self._delivery.start()
+                left = self._delivery.wait()
+        finally:
+            self._delivery = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import pickle
 import queue
 import time
@@ -22,6 +23,8 @@ from .ticket import Cancel, Ticket
 from .travel import by_name
 
 __all__ = ["Sender", "drain"]
+
+_log = logging.getLogger(__name__)
 
 #: Seconds for which the workers are taken as known by who must know where data is; to ask takes 2 ms.
 _WORKERS_VALID_S: Final = 0.5
@@ -72,21 +75,16 @@ class Sender:
         outbox = self._flight.outbox
         while (first := outbox.get()) is not None:
             items = [first, *drain(outbox)]
-            # First: what they give up makes room for others.
-            for cancel in [item for item in items if isinstance(item, Cancel)]:
-                self._cancel(cancel)
-                del cancel
-            tickets = [item for item in items if isinstance(item, Ticket)]
-            if len(tickets) < len(items):
-                # Something has changed. Those that wait come before those that are new.
-                tickets, self._waiting = [*self._waiting, *tickets], []
-            tickets = [ticket for ticket in tickets if not ticket.done()]
-            if tickets:
-                self._send(tickets)
+            try:
+                self._take(items)
+            except Exception as error:
+                # Never silently: somebody waits for every batch, and for those that come after them.
+                _log.debug("The sender of a Dask connection failed", exc_info=True)
+                self._end_unsent(items, self._flight.cut_off(error))
             if None in items:
                 break
             # A thread that waits must hold no ticket: with it would stay the batch, its files and its context.
-            del first, items, tickets
+            del first, items
         with contextlib.suppress(Exception):  # the client may be closed, or never have asked
             self._flight.client.unsubscribe_topic(self._topic)
         self._close()
@@ -96,6 +94,26 @@ class Sender:
         self._is_told_of_starts = False
         self._flight.relay.subscribe_again()
         self._outfit.lapse()
+
+    def _take(self, items: list[Any]) -> None:
+        """Do what was asked for."""
+        # First: what they give up makes room for others.
+        for cancel in [item for item in items if isinstance(item, Cancel)]:
+            self._cancel(cancel)
+        tickets = [item for item in items if isinstance(item, Ticket)]
+        if len(tickets) < len(items):
+            # Something has changed. Those that wait come before those that are new.
+            tickets, self._waiting = [*self._waiting, *tickets], []
+        tickets = [ticket for ticket in tickets if not ticket.done()]
+        if tickets:
+            self._send(tickets)
+
+    def _end_unsent(self, items: list[Any], error: BaseException) -> None:
+        """End what was to be sent, and what waits to be; what is on the cluster already, the collector looks after."""
+        self._waiting = []
+        unsent = [ticket for ticket in self._flight.tickets if not ticket.is_sent]
+        for ticket in {*unsent, *(item for item in items if isinstance(item, Ticket))}:
+            self._flight.end(ticket, None, error)
 
     def _send(self, tickets: list[Ticket]) -> None:
         flight = self._flight

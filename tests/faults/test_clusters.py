@@ -3,12 +3,16 @@
 import gc
 import json
 import os
+import queue
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from pathlib import Path
 
 import psutil
@@ -40,6 +44,10 @@ distributed = pytest.importorskip("distributed", reason="the extra 'dask' is not
 key_split = pytest.importorskip("dask.utils", reason="the extra 'dask' is not installed").key_split
 dask_config = pytest.importorskip("dask.config", reason="the extra 'dask' is not installed")
 address = pytest.importorskip("joblib_backends.cluster.address", reason="the extra 'dask' is not installed")
+Placement = pytest.importorskip(
+    "joblib_backends.cluster.placement", reason="the extra 'dask' is not installed"
+).Placement
+client_module = pytest.importorskip("joblib_backends.cluster.client", reason="the extra 'dask' is not installed")
 LocalCluster = pytest.importorskip("joblib_backends.cluster.local").LocalCluster
 
 #: Every test here takes seconds.
@@ -222,6 +230,110 @@ def environment(**variables):
     inherited = {name: text for name, text in os.environ.items() if not name.startswith(("JOBLIB", "DASK"))}
     paths = os.pathsep.join(map(str, (HERE, ROOT)))
     return inherited | {"PYTHONPATH": paths, "JOBLIB_BACKEND_PROFILE": "off"} | variables
+
+
+# ---- several connections of a process, and of its forks
+
+
+def in_fork(work):
+    """Return what ``work`` returns in a forked child, or the sentence that it raises."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(LONG))
+        try:
+            answer = str(work())
+        except BaseException as problem:
+            answer = f"{type(problem).__name__}: {problem}"
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as answers:
+        answer = answers.read()
+    os.waitpid(child, 0)
+    return answer
+
+
+def lengths(data):
+    results = Parallel(n_jobs=2, batch_size=1)(delayed(len)(data) for _ in range(4))
+    return results, last_report().tier
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Sending large graph")
+def test_a_forked_child_connects_anew_to_the_cluster_that_is_named(pair):
+    # So long that Dask has a thread of its own to send it.
+    data = bytes(11_000_000)
+    with parallel_backend("hybrid", scheduler=pair.address, max_nbytes=None, fallback=False):
+        expected = lengths(data)
+        assert expected == ([len(data)] * 4, "dask")
+        assert in_fork(lambda: lengths(data)) == str(expected)
+        assert lengths(data) == expected
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_forked_child_is_told_that_the_client_is_its_parents(pair, fallback):
+    with pair.client() as client, parallel_backend("hybrid", client=client, fallback=fallback):
+        assert lengths(b"1") == ([1] * 4, "dask")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answer = in_fork(lambda: lengths(b"1"))
+        if fallback:
+            assert answer.startswith("([1, 1, 1, 1], ")
+            assert "dask" not in answer
+        else:
+            assert re.match(r"ClusterUnavailableError: client is <Client: .*> of the parent process", answer)
+        assert lengths(b"1") == ([1] * 4, "dask")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_has_no_active_client(pair):
+    with distributed.Client(pair.address, set_as_default=True):
+        assert client_module.active_client() is not None
+        assert in_fork(client_module.active_client) == "None"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_locks_that_threads_of_the_parent_hold_hang_no_forked_child(pair):
+    from joblib_backends.cluster import outlet
+    from joblib_backends.cluster.connection import Connection
+    from joblib_backends.cluster.outfit import Outfit
+
+    with outlet._changed, Connection._lock, Outfit._lock:
+        held = [outlet._changed, Connection._lock, Outfit._lock]
+        config = Config(scheduler=pair.address, fallback=False)
+        assert in_fork(lambda: Connection.get(config).n_slots()) == "2"
+        assert in_fork(lambda: outlet._changed.acquire(timeout=LONG)) == "True"
+        assert held == [outlet._changed, Connection._lock, Outfit._lock]
+
+
+def test_a_call_waits_for_no_other_clusters_connection(pair):
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        address_of_mute = "tcp://{}:{}".format(*mute.getsockname())
+
+        def wait_for_the_mute():
+            backend = HybridBackend(scheduler=address_of_mute, wait_for_workers=LONG, fallback=False)
+            with pytest.raises(ClusterUnavailableError):
+                backend.effective_n_jobs(-1)
+
+        waiting = threading.Thread(target=wait_for_the_mute)
+        waiting.start()
+        connected, _ = mute.accept()
+        answers = queue.SimpleQueue()
+        asking = threading.Thread(
+            target=lambda: answers.put(HybridBackend(scheduler=pair.address).effective_n_jobs(-1)), daemon=True
+        )
+        asking.start()
+        try:
+            assert answers.get(timeout=LONG / 4) == 2
+            assert waiting.is_alive()
+        finally:
+            connected.close()
+            mute.close()
+            waiting.join(2 * LONG)
 
 
 # ---- a local cluster on request
@@ -563,6 +675,41 @@ def test_the_environment_says_where_tasks_run(mixed, folder, monkeypatch):
     monkeypatch.setenv("JOBLIB_BACKEND_RESOURCES", "GPU=1")
     assert runs_on(mixed, folder, scheduler=mixed.address)
     assert pids(folder) == {pids_by_name(mixed)["gpu"]}
+
+
+def test_workers_are_asked_for_by_number_in_text_too(pair, folder, monkeypatch):
+    monkeypatch.setenv("JOBLIB_BACKEND_WORKERS", "1")
+    with pair.client() as client:
+        for case, given in enumerate(({}, {"workers": [1]}, {"workers": ["1", 7]})):
+            (folder / str(case)).mkdir()
+            with parallel_backend("hybrid", client=client, fallback=False, **given) as (backend, _):
+                assert backend.effective_n_jobs(-1) == 1
+                assert squares(folder / str(case), n_jobs=2) == SQUARES
+                assert last_report().tier == "dask"
+            assert pids(folder / str(case)) == {pids_by_name(pair)[1]}
+        for given in ([7], ["7"]):
+            backend = HybridBackend(client=client, workers=given, wait_for_workers=0.2, fallback=False)
+            with pytest.raises(ClusterUnavailableError, match=r"no worker with workers=\['7'\]"):
+                backend.effective_n_jobs(-1)
+        assert client.submit(int).result(LONG) == 0, "it has not lost its scheduler"
+
+
+def test_numbers_become_what_the_cluster_has_and_names_stay():
+    asked = Placement(workers=(0, "1", "2", "node3"))
+    assert asked.numbered_as(["0", 1]).workers == ("0", 1, "2", "node3")
+    assert asked.numbered_as([0, "0", "1", 1]).workers == (0, "1", "2", "node3")
+    assert not Placement(workers=("node3",)).has_numbers
+
+
+def test_a_worker_is_found_by_its_number_that_joins_after_it_was_asked_for():
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster, set_as_default=False) as client:
+        backend = HybridBackend(client=client, workers=["1"], wait_for_workers=0.2, fallback=False)
+        with pytest.raises(ClusterUnavailableError):
+            backend.effective_n_jobs(-1)
+        cluster.scale(2)
+        client.wait_for_workers(2, timeout=LONG)
+        assert backend.effective_n_jobs(-1) == 1
 
 
 @pytest.mark.parametrize(
