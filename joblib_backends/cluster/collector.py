@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 #: Seconds between two looks at a cluster that has batches of ours: whether it has workers, and what runs too long.
 _LOOK_EVERY_S: Final = 0.5
 
+#: Seconds after the last batch in which another call may come, before its outcomes are released.
+_RELEASE_S: Final = 0.05
+
 
 class Collector:
     """Ends what is done, and what will never be.
@@ -74,12 +77,14 @@ class Collector:
         self._flight.done.put(None)
 
     def _turn(self) -> None:
-        wait_s = self._seconds_to_next_look()
+        is_idle = not self._flight
         try:
-            first = self._flight.done.get(timeout=wait_s)
+            first = self._flight.done.get(timeout=self._seconds_to_next_look())
         except queue.Empty:
             first = None
-        if wait_s is None:
+            if is_idle:
+                self._flight.release_spent()
+        if is_idle:
             # Nothing was on the cluster, and nobody has looked at it.
             self._had_workers = time.monotonic()
         for ticket in (first, *drain(self._flight.done)):
@@ -143,7 +148,7 @@ class Collector:
 
     def _seconds_to_next_look(self) -> float | None:
         if not self._flight:
-            return None
+            return _RELEASE_S if self._flight.has_spent else None
         now = time.monotonic()
         due = [t.started[0] + t.timeout_s for t in self._flight.tickets if t.started and t.timeout_s]
         return max(0.0, min(self._looked + _LOOK_EVERY_S, self._fetching.next_time(), *due, now + _LOOK_EVERY_S) - now)

@@ -7,6 +7,7 @@ import functools
 import logging
 import queue
 import time
+from collections import deque
 from typing import Any, Final
 
 from ..errors import ClusterLostError, DataLostError
@@ -59,6 +60,9 @@ class Flight:
         self._asked = 0.0
         #: What is done, and now and then None: look again, something has changed.
         self.done: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        # Dask's futures of batches that have ended. To let go of them tells the scheduler, and after that Dask's client
+        # says nothing for 10 ms: the next call would wait.
+        self._spent: deque[Any] = deque()
 
     def __repr__(self) -> str:
         return f"<Flight of {len(self._tickets)} batches to {len(self.workers)} workers>"
@@ -107,9 +111,20 @@ class Flight:
     def end(self, ticket: Ticket, outcome: PackedOutcome | None, error: BaseException | None = None) -> None:
         """Complete a batch, after what scikit-learn's callbacks have said in it."""
         self.drop(ticket)
+        if ticket.dask_future is not None:
+            self._spent.append(ticket.dask_future)
         self.relay.after_messages(functools.partial(ticket.end, outcome, error))
         if ticket.workers is not None:
             self.outbox.put(CHANGED)
+
+    @property
+    def has_spent(self) -> bool:
+        """Whether Dask keeps outcomes that nobody needs any more."""
+        return bool(self._spent)
+
+    def release_spent(self) -> None:
+        """Let Dask forget them."""
+        self._spent.clear()
 
     def send_again(self, ticket: Ticket, why: str) -> None:
         """Send a batch once more that ended by no fault of its own, unless that happens time and again."""

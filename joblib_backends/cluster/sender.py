@@ -29,6 +29,11 @@ _log = logging.getLogger(__name__)
 #: Seconds for which the workers are taken as known by who must know where data is; to ask takes 2 ms.
 _WORKERS_VALID_S: Final = 0.5
 
+#: Dask's client tells the scheduler something at most every 10 ms. So what is being submitted just now goes together:
+#: for as long as more comes within the first of these times, up to the second, in seconds.
+_LINGER_S: Final = 0.0005
+_LINGER_MOST_S: Final = 0.005
+
 
 class Sender:
     """Sends what is put into the outbox, to where its data is, until None is put there.
@@ -74,7 +79,7 @@ class Sender:
         """Send all that waits in one graph: what comes while a graph is on its way goes with the next."""
         outbox = self._flight.outbox
         while (first := outbox.get()) is not None:
-            items = [first, *drain(outbox)]
+            items = [first, *self._what_comes_with(first)]
             try:
                 self._take(items)
             except Exception as error:
@@ -88,6 +93,19 @@ class Sender:
         with contextlib.suppress(Exception):  # the client may be closed, or never have asked
             self._flight.client.unsubscribe_topic(self._topic)
         self._close()
+
+    def _what_comes_with(self, first: Ticket | Cancel | object) -> list[Any]:
+        """Return what else there is; with a batch, what is being put there just now, too."""
+        outbox = self._flight.outbox
+        items = drain(outbox)
+        end = time.monotonic() + _LINGER_MOST_S
+        while isinstance(first, Ticket) and None not in items and time.monotonic() < end:
+            time.sleep(_LINGER_S)
+            more = drain(outbox)
+            if not more:
+                break
+            items += more
+        return items
 
     def start_anew(self) -> None:
         """Do again what is done once for a scheduler, with the next batch: another may have come in its place."""
@@ -133,6 +151,8 @@ class Sender:
             for ticket in tickets:
                 flight.end(ticket, None, flight.cut_off(error))
             return
+        # After the batches: said before, it would have held them up.
+        flight.release_spent()
         # The collector may be waiting for ever, because nothing was in flight.
         flight.done.put(None)
 
