@@ -67,6 +67,13 @@ AUTO_ROWS: dict[str, Context] = {
     HYBRID: lambda: _hybrid("auto", -1),
 }
 
+#: The rows of the `cluster` suite: what an idle cluster of this machine costs beside its processes.
+CLUSTER_ROWS: dict[str, Context] = {
+    PLAIN: contextlib.nullcontext,
+    "hybrid processes": lambda: _hybrid("processes", 2),
+    "hybrid dask": lambda: _hybrid("dask", 2),
+}
+
 #: The rows of the `calls` suite: two jobs on every machine. "client.submit" is for workloads that ask for it.
 CALLS_ROWS: dict[str, Context] = {
     PLAIN: contextlib.nullcontext,

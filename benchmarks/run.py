@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the hybrid backend beside joblib's own.")
-    parser.add_argument("--suite", choices=SUITES, default="auto", help="which suite (default: %(default)s)")
+    parser.add_argument("--suite", choices=("auto", "calls"), default="auto", help="which suite (default: %(default)s)")
     parser.add_argument("--only", action="append", metavar="NAME", help="only this workload; may be repeated")
     parser.add_argument("--rows", action="append", help="only rows that contain this text; may be repeated")
     parser.add_argument("--rounds", type=int, help="processes per row (default: 3, with --quick 1)")

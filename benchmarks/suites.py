@@ -1,4 +1,7 @@
-"""The two suites: `auto` asks whether ``tier="auto"`` beats every backend picked by hand, `calls` what a call costs."""
+"""The suites: `auto` asks whether ``tier="auto"`` beats every backend picked by hand, `calls` what a call costs.
+
+`cluster` has the workloads of `auto`, for ``benchmarks/cluster.py``: the Dask tier beside the processes tier.
+"""
 
 from __future__ import annotations
 
@@ -88,5 +91,6 @@ _AUTO_THEMES = tuple(
 
 SUITES = {
     "auto": Suite("auto", _AUTO_THEMES, rows.AUTO_ROWS, is_pinned=False, warm_budget_s=1.0, settles_s=3.0),
+    "cluster": Suite("cluster", _AUTO_THEMES, rows.CLUSTER_ROWS, is_pinned=False, warm_budget_s=1.0),
     "calls": Suite("calls", ("calls",), rows.CALLS_ROWS, is_pinned=True),
 }
