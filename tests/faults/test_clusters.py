@@ -520,6 +520,18 @@ def test_a_local_cluster_that_does_not_start_says_why(no_local_cluster, folder, 
         assert squares(folder, n_jobs=2) == SQUARES
 
 
+def test_where_no_local_cluster_can_be_started_it_is_said_before_anything_is(no_local_cluster, folder, monkeypatch):
+    monkeypatch.setattr("joblib_backends.cluster.local._CAN_PASS_PIPES", False)
+    before = set(psutil.Process().children(recursive=True))
+    with (
+        pytest.raises(ConfigurationError, match=r"scheduler is 'local', .*give client=client"),
+        parallel_backend("hybrid", scheduler="local"),
+    ):
+        squares(folder, n_jobs=2)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not started(folder)
+
+
 def test_certificates_are_not_for_a_local_cluster():
     with pytest.raises(ConfigurationError, match=r"security is .*, but must be left out with scheduler='local'"):
         HybridBackend(scheduler="local", security=distributed.Security())
