@@ -66,6 +66,8 @@ class Outfit:
     #: Guards what is known, and news; nothing of anybody else's runs under it.
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _clusters: ClassVar[dict[str, _Cluster]] = {}
+    #: Who is to hear what workers say, by client: that has one handler for a topic.
+    _of_client: ClassVar[weakref.WeakKeyDictionary[Any, weakref.WeakSet[Outfit]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, client: Any, wait_s: float, placement: Placement) -> None:
         self._client = client
@@ -100,7 +102,7 @@ class Outfit:
         if self._is_provided:
             return False
         before = self._scheduler
-        self._client.subscribe_topic(_TOPIC, _hearing(weakref.ref(self)))
+        self._listen()
         self._register(luggage(_TOPIC, dict(DISTRIBUTIONS)))
         # Before the question who is there: who joins while it is answered is not taken for gone.
         with self._lock:
@@ -123,6 +125,12 @@ class Outfit:
         """Provide again before the next batch: there may be another scheduler, or a worker is lacking the package."""
         self._is_provided = False
         self._is_lacking |= is_lacking
+
+    def _listen(self) -> None:
+        with self._lock:
+            listening = self._of_client.setdefault(self._client, weakref.WeakSet())
+            listening.add(self)
+        self._client.subscribe_topic(_TOPIC, functools.partial(_hear, listening))
 
     def _register(self, plugin: Any) -> None:
         # As Client.register_plugin does, which cannot be told how long to wait.
@@ -195,15 +203,12 @@ def _own_survey() -> Mapping[str, Any]:
     return abroad.survey(PACKAGE, DISTRIBUTIONS)
 
 
-def _hearing(outfit: weakref.ref[Outfit]) -> Any:
-    """Return what a client calls for each worker that says what it has; it does not keep the connection."""
-
-    def hear(event: tuple[float, Any]) -> None:
-        heard = outfit()
-        if heard is not None:
-            heard.hear(event[1]["address"], event[1]["report"])
-
-    return hear
+def _hear(listening: weakref.WeakSet[Outfit], event: tuple[float, Any]) -> None:
+    """Tell the outfits of a client what a worker has. Called on its event loop; it never forgets whom it calls."""
+    with Outfit._lock:
+        outfits = list(listening)
+    for outfit in outfits:
+        outfit.hear(event[1]["address"], event[1]["report"])
 
 
 def lacks_package(error: BaseException | None) -> bool:
