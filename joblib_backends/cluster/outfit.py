@@ -134,15 +134,16 @@ class Outfit:
 
     def _register(self, plugin: Any) -> None:
         # As Client.register_plugin does, which cannot be told how long to wait.
-        scheduler = self._client.run_on_scheduler(
+        answer = self._client.run_on_scheduler(
             FromSource(abroad.make_way), prefix=PLUGIN_PREFIX, name=plugin.name, callback_timeout=self._wait_s
         )
         with self._lock:
-            self._scheduler = scheduler
-            self._cluster = self._clusters.setdefault(scheduler, _Cluster())
-        # A scheduler that has it gives it to nobody again, unless it is told to.
+            self._scheduler = answer["scheduler"]
+            self._cluster = self._clusters.setdefault(answer["scheduler"], _Cluster())
+        # A scheduler that has it gives it to nobody again, unless it is told to: no need to send it the package.
         is_lacking, self._is_lacking = self._is_lacking, False
-        register_plugin(self._client, plugin, self._wait_s, again=is_lacking)
+        if is_lacking or not answer["is_there"]:
+            register_plugin(self._client, plugin, self._wait_s, again=is_lacking)
 
     def _survey(self, workers: Collection[str]) -> dict[str, Mapping[str, Any]]:
         """Ask workers what they have; some may not answer."""

@@ -353,6 +353,23 @@ def test_a_call_waits_for_no_other_clusters_connection(pair):
             waiting.join(2 * LONG)
 
 
+def test_the_package_goes_to_a_scheduler_once(make_cluster, folder, monkeypatch):
+    from joblib_backends.cluster import outfit
+
+    sent, register_plugin = [], outfit.register_plugin
+
+    def register(client, plugin, *args, **options):
+        sent.append(plugin.name)
+        register_plugin(client, plugin, *args, **options)
+
+    monkeypatch.setattr(outfit, "register_plugin", register)
+    cluster = make_cluster(1)
+    for i in range(3):
+        (folder / str(i)).mkdir()
+        assert runs_on(cluster, folder / str(i), scheduler=cluster.address, n_jobs=2)
+    assert len(sent) == 1
+
+
 # ---- a local cluster on request
 
 
