@@ -353,21 +353,14 @@ def test_a_call_waits_for_no_other_clusters_connection(pair):
             waiting.join(2 * LONG)
 
 
-def test_the_package_goes_to_a_scheduler_once(make_cluster, folder, monkeypatch):
+def test_a_scheduler_that_has_the_package_is_not_sent_it_again(pair, folder, monkeypatch):
     from joblib_backends.cluster import outfit
 
-    sent, register_plugin = [], outfit.register_plugin
-
-    def register(client, plugin, *args, **options):
-        sent.append(plugin.name)
-        register_plugin(client, plugin, *args, **options)
-
-    monkeypatch.setattr(outfit, "register_plugin", register)
-    cluster = make_cluster(1)
-    for i in range(3):
-        (folder / str(i)).mkdir()
-        assert runs_on(cluster, folder / str(i), scheduler=cluster.address, n_jobs=2)
-    assert len(sent) == 1
+    backend = HybridBackend(scheduler=pair.address)
+    assert backend.effective_n_jobs(-1) == 2
+    del backend
+    monkeypatch.setattr(outfit, "register_plugin", lambda *_, **__: pytest.fail("it was sent"))
+    assert runs_on(pair, folder, scheduler=pair.address, n_jobs=2)
 
 
 # ---- a local cluster on request
