@@ -8,6 +8,7 @@ import weakref
 import zipfile
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +17,10 @@ import joblib_backends
 pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 
 from joblib_backends.cluster import abroad
+from joblib_backends.cluster.accounting import CountOwnMemory, CountOwnMemoryOfWorker
 from joblib_backends.cluster.outfit import Outfit
 from joblib_backends.cluster.placement import Placement
-from joblib_backends.cluster.travel import FromSource, by_name, luggage, zipped_package
+from joblib_backends.cluster.travel import FromSource, by_name, luggage, made_from_source, zipped_package
 from joblib_backends.cluster.versions import differences, lacking, what_differs, what_lacks
 from joblib_backends.data.hashing import digest_of
 
@@ -103,6 +105,24 @@ def test_a_batch_is_found_by_name_where_it_runs():
     assert run(f"import pickle; print(pickle.loads({call!r})[0].__name__)", hidden=hidden) == "eval"
     function, args = pickle.loads(call)
     assert function(*args) == digest_of(b"content")
+
+
+def test_shared_memory_is_taken_off_once_though_the_plugins_come_twice(monkeypatch):
+    worker = SimpleNamespace(monitor=SimpleNamespace(get_process_memory=lambda: 1_000))
+    looks = []
+    callback = SimpleNamespace(callback=lambda: looks.append("looked"))
+    nanny = SimpleNamespace(periodic_callbacks={"memory_monitor": callback})
+    for _ in range(2):
+        for kind, where in ((CountOwnMemory, worker), (CountOwnMemoryOfWorker, nanny)):
+            # As two clients send it: each time another module.
+            plugin = pickle.loads(pickle.dumps(made_from_source(kind)))
+            namespace = type(plugin).setup.__globals__
+            monkeypatch.setitem(namespace, "_shared_nbytes", lambda _: 300)
+            monkeypatch.setitem(namespace, "_is_beyond_limit", lambda _: looks.append("asked") or True)
+            plugin.setup(where)
+    assert worker.monitor.get_process_memory() == 700
+    callback.callback()
+    assert looks == ["asked", "looked"]
 
 
 # ---- what a worker may be without
