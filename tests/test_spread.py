@@ -1,5 +1,6 @@
 """A buffer on its way to the hosts of a Dask cluster, without a cluster."""
 
+import os
 import queue
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import LONG, eventually
 pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 
 from joblib_backends.cluster import spread as spreads
-from joblib_backends.cluster.copies import Copy
+from joblib_backends.cluster.copies import Copy, _read_part
 from joblib_backends.cluster.spread import Spread
 from joblib_backends.crew import Crew
 from joblib_backends.data.store import default_store
@@ -62,3 +63,41 @@ def test_a_buffer_is_brought_nowhere_when_nobody_has_it_any_more(monkeypatch, la
     del resident
     assert eventually(lambda: not spread._is_running)
     assert crew is Crew.shared()
+
+
+reads_parts = pytest.mark.skipif(not hasattr(os, "pread"), reason="needs os.pread")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder that could be of a store."""
+    folder = tmp_path / "joblib_backends-0-abc"
+    folder.mkdir()
+    return folder
+
+
+@reads_parts
+def test_parts_are_read_of_a_file_of_a_store():
+    content = bytes(range(200))
+    resident = default_store().put(memoryview(content), b"digest of what is read")
+    assert _read_part(resident.path, 10, 20) == content[10:30]
+    with pytest.raises(EOFError, match="fewer than 210 bytes"):
+        _read_part(resident.path, 190, 20)
+
+
+@reads_parts
+@pytest.mark.parametrize("kind", ["elsewhere", "pipe", "folder", "link"])
+def test_no_part_is_read_of_anything_else(folder, kind):
+    path = folder / "00000001"
+    if kind == "elsewhere":
+        path = folder.parent / "secret"
+        path.write_bytes(b"1")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(__file__)
+    with pytest.raises((ValueError, OSError)) as caught:
+        _read_part(str(path), 0, 1)
+    assert str(path) in str(caught.value)

@@ -21,8 +21,8 @@ __all__ = ["CountOwnMemory", "CountOwnMemoryOfWorker"]
 
 _KIB: Final = 1024
 
-#: An attribute of what has replaced Dask's own. The plugins may come twice, also from clients with other versions of this
-#: file, and shared memory would be taken off twice.
+#: An attribute of what has replaced Dask's own: the plugins may come twice, also from clients with other versions of
+#: this file, and shared memory would be taken off twice.
 _MARK: Final = "_joblib_backends_counts_own_memory"
 
 
