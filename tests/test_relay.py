@@ -4,8 +4,10 @@ import asyncio
 import functools
 import pickle
 import threading
+import weakref
 
 import pytest
+from conftest import eventually
 
 pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 pytest.importorskip("sklearn.callback", reason="scikit-learn has callbacks from version 1.9")
@@ -349,11 +351,22 @@ def test_ends_do_not_wait_for_a_relay_that_is_closed(heard, relay):
     held = threading.Event()
     relay._inbox.items.put(functools.partial(held.wait, LONG))
     relay.close()
-    relay._client.tell(event(0, ticket.key, handle, "a"))
+    relay._inbox.take(event(0, ticket.key, handle, "a"))  # it was on its way
     done = threading.Event()
     relay.after_messages(done.set)
     held.set()
     assert done.wait(LONG)
+
+
+@pytest.mark.usefixtures("relay")
+def test_a_client_keeps_nothing_of_a_relay_that_is_closed():
+    ended = Relay(FakeClient())
+    client, inbox = ended._client, weakref.ref(ended._inbox)
+    ticket_on(ended)
+    ended.close()
+    del ended
+    assert eventually(lambda: inbox() is None)
+    client.tell((0.0, "what was on its way"))
 
 
 def test_without_a_callback_there_is_no_topic_and_no_thread(monkeypatch):

@@ -1,11 +1,14 @@
 """What travels to a Dask cluster arrives whole, by source, and without what only the client has."""
 
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 import zipfile
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +17,10 @@ import joblib_backends
 pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 
 from joblib_backends.cluster import abroad
-from joblib_backends.cluster.travel import FromSource, by_name, luggage, zipped_package
+from joblib_backends.cluster.accounting import CountOwnMemory, CountOwnMemoryOfWorker
+from joblib_backends.cluster.outfit import Outfit
+from joblib_backends.cluster.placement import Placement
+from joblib_backends.cluster.travel import FromSource, by_name, luggage, made_from_source, zipped_package
 from joblib_backends.cluster.versions import differences, lacking, what_differs, what_lacks
 from joblib_backends.data.hashing import digest_of
 
@@ -101,6 +107,24 @@ def test_a_batch_is_found_by_name_where_it_runs():
     assert function(*args) == digest_of(b"content")
 
 
+def test_shared_memory_is_taken_off_once_though_the_plugins_come_twice(monkeypatch):
+    worker = SimpleNamespace(monitor=SimpleNamespace(get_process_memory=lambda: 1_000))
+    looks = []
+    callback = SimpleNamespace(callback=lambda: looks.append("looked"))
+    nanny = SimpleNamespace(periodic_callbacks={"memory_monitor": callback})
+    for _ in range(2):
+        for kind, where in ((CountOwnMemory, worker), (CountOwnMemoryOfWorker, nanny)):
+            # As two clients send it: each time another module.
+            plugin = pickle.loads(pickle.dumps(made_from_source(kind)))
+            namespace = type(plugin).setup.__globals__
+            monkeypatch.setitem(namespace, "_shared_nbytes", lambda _: 300)
+            monkeypatch.setitem(namespace, "_is_beyond_limit", lambda _: looks.append("asked") or True)
+            plugin.setup(where)
+    assert worker.monitor.get_process_memory() == 700
+    callback.callback()
+    assert looks == ["asked", "looked"]
+
+
 # ---- what a worker may be without
 
 
@@ -159,6 +183,31 @@ OWN = report(imported="0.1.0", Python="3.11", numpy="2.3.1", scipy="1.16.0", job
 )
 def test_what_does_not_matter_is_not_said(there):
     assert differences(OWN, {"tcp://a": there}, "ours") == {}
+
+
+class FakeClient:
+    """Has one handler for a topic, as Dask's."""
+
+    def __init__(self):
+        self.handlers = {}
+
+    def subscribe_topic(self, topic, handler):
+        self.handlers[topic] = handler
+
+
+def test_all_outfits_of_a_client_hear_what_a_worker_has_and_it_keeps_none_of_them():
+    client = FakeClient()
+    first, second, third = (Outfit(client, 1.0, Placement(priority=priority)) for priority in range(3))
+    for one in (first, second, third):
+        one._listen()
+    [(topic, handler)] = client.handlers.items()
+    ended = weakref.ref(third)
+    del one, third
+    gc.collect()
+    assert ended() is None
+    handler((0.0, {"address": "tcp://a", "report": OWN}))
+    assert first._cluster.reports == second._cluster.reports == {"tcp://a": OWN}
+    assert topic.startswith("joblib_backends")
 
 
 def test_all_that_differs_is_one_sentence():

@@ -138,15 +138,18 @@ def hash_of(sources: Mapping[str, bytes]) -> str:
 # ---- on the scheduler
 
 
-def make_way(dask_scheduler: Any, prefix: str, name: str) -> str:
+def make_way(dask_scheduler: Any, prefix: str, name: str) -> dict[str, Any]:
     """Have workers that join get the plugin ``name``, and none that other versions of the client have registered.
 
-    Return what tells this scheduler from every other.
+    Returns
+    -------
+    dict
+        "scheduler": what tells this one from every other; "is_there": whether it has the plugin.
     """
     for other in list(dask_scheduler.worker_plugins):
         if other.startswith(prefix) and other != name:
             del dask_scheduler.worker_plugins[other]
-    return str(dask_scheduler.id)
+    return {"scheduler": str(dask_scheduler.id), "is_there": name in dask_scheduler.worker_plugins}
 
 
 async def remove_worker(dask_scheduler: Any, address: str) -> None:

@@ -3,10 +3,16 @@
 Dask pauses a worker, writes its results to disk or restarts it by the size of its process (``rss``), in which each
 page of a shared file counts for every process that has looked at it. Eight workers that map 3 GB would seem to have
 24 GB. With these plugins the pages of shared memory do not count, neither for a worker nor for its nanny.
+
+Nobody's shared memory counts, also not what tasks make with ``multiprocessing.shared_memory``: Linux has one number for
+all of it. Which of it is ours, only the list of all mappings tells, and to read that takes 5.6 ms of a worker with
+scikit-learn (1,560 mappings) and not 0.07 ms; Dask looks ten times a second. Files of ours that are on a disk, because
+shared memory had no room, count: their pages are the system's, which takes them back when it must.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import distributed
@@ -14,6 +20,10 @@ import distributed
 __all__ = ["CountOwnMemory", "CountOwnMemoryOfWorker"]
 
 _KIB: Final = 1024
+
+#: An attribute of what has replaced Dask's own: the plugins may come twice, also from clients with other versions of
+#: this file, and shared memory would be taken off twice.
+_MARK: Final = "_joblib_backends_counts_own_memory"
 
 
 class CountOwnMemory(distributed.WorkerPlugin):
@@ -25,7 +35,12 @@ class CountOwnMemory(distributed.WorkerPlugin):
     def setup(self, worker: Any) -> None:
         """Replace the worker's look at its size; Dask made it one method so that it can be replaced."""
         look = worker.monitor.get_process_memory
-        worker.monitor.get_process_memory = lambda: max(0, look() - _shared_nbytes("self"))
+        if not hasattr(look, _MARK):
+
+            def look_at_its_own() -> int:
+                return max(0, int(look()) - _shared_nbytes("self"))
+
+            worker.monitor.get_process_memory = _marked(look_at_its_own)
 
 
 class CountOwnMemoryOfWorker(distributed.NannyPlugin):
@@ -40,11 +55,17 @@ class CountOwnMemoryOfWorker(distributed.NannyPlugin):
         if callback is None:
             return  # no limit
         look = callback.callback
+        if not hasattr(look, _MARK):
 
-        def look_if_it_is_its_own() -> Any:
-            return look() if _is_beyond_limit(nanny) else None
+            def look_if_it_is_its_own() -> Any:
+                return look() if _is_beyond_limit(nanny) else None
 
-        callback.callback = look_if_it_is_its_own
+            callback.callback = _marked(look_if_it_is_its_own)
+
+
+def _marked(function: Callable[[], Any]) -> Callable[[], Any]:
+    setattr(function, _MARK, True)
+    return function
 
 
 def _is_beyond_limit(nanny: Any) -> bool:

@@ -32,6 +32,7 @@ __all__ = [
     "register_plugin",
     "run_on_workers",
     "start_gather",
+    "unsubscribe",
 ]
 
 _log = logging.getLogger(__name__)
@@ -236,6 +237,17 @@ def register_plugin(client: Any, plugin: Any, timeout_s: float, *, again: bool =
     except (TimeoutError, OSError) as error:
         # A worker that dies meanwhile. If it is the scheduler, who asks it next is told.
         _log.debug("The plugin %s may not be on all workers: %s", plugin.name, error)
+
+
+def unsubscribe(client: Any, topic: str) -> None:
+    """Hear no more of a topic, and let go of who heard of it: a client never forgets whom it was to call."""
+    # What is on its way here yet is for somebody all the same, or Dask would complain of it.
+    client.subscribe_topic(topic, _ignore)
+    client.unsubscribe_topic(topic)
+
+
+def _ignore(event: object) -> None:
+    """Do nothing."""
 
 
 def run_on_workers(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import stat
 from collections.abc import Hashable
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +29,9 @@ __all__ = ["PART_NBYTES", "Copy", "fetch_copy", "open_copy", "write_part"]
 #: Bytes that travel at a time: few enough to be no matter in the memory of a worker or of the scheduler, enough to make
 #: the round trip no matter for the time. At 50 ms and 10 Gbit/s a part takes 50 ms to ask for and 13 ms to come.
 PART_NBYTES: Final = 1 << 24
+
+#: What the names of folders of a store begin with (``data/store.py``).
+_FOLDER_PREFIX: Final = "joblib_backends-"
 
 #: Seconds in which a part must have come from another worker; then that worker, or the way to it, is taken for lost.
 _PART_S: Final = 30.0
@@ -93,9 +97,16 @@ def _ask_for_part(worker: Any, source: Copy, offset: int, nbytes: int) -> Any:
 
 
 def _read_part(path: str, offset: int, nbytes: int) -> bytes:
-    """Return bytes of a file; runs in the event loop of the worker that has it, so it reads and does not map."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    """Return bytes of a file; runs in the event loop of the worker that has it, so it reads and does not map.
+
+    Only of a file of some store, whatever the client takes for one: to open a pipe would hold up the worker for ever.
+    """
+    if not os.path.basename(os.path.dirname(path)).startswith(_FOLDER_PREFIX):
+        raise ValueError(f"{path} is in no folder of a store")
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path} is no file")
         part = os.pread(descriptor, nbytes, offset)
     finally:
         os.close(descriptor)

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Final
 
 from ..budget import available_cores
 from ..config import Config, environment_of_cluster
-from ..errors import ClusterUnavailableError
+from ..errors import ClusterUnavailableError, ConfigurationError
 
 __all__ = ["LocalCluster"]
 
@@ -37,6 +37,9 @@ _PROGRAM: Final = (
     "import json, sys; order = json.loads(sys.stdin.readline()); sys.path[:] = order['path']; "
     "from joblib_backends.cluster.local_host import main; main(order)"
 )
+
+#: Whether a process can pass on the ends of pipes, and be ended with all that it has started.
+_CAN_PASS_PIPES: Final = os.name == "posix"
 
 #: Seconds for the start, which takes two or three on a quiet machine.
 _START_S: Final = 60.0
@@ -63,7 +66,14 @@ class LocalCluster:
         ------
         ClusterUnavailableError
             If it does not start.
+        ConfigurationError
+            If this system does not let a process pass on what the cluster needs: Windows.
         """
+        if not _CAN_PASS_PIPES:
+            raise ConfigurationError(
+                "scheduler is 'local', but must be an address on Windows, where this backend starts no cluster: make "
+                "one with client = distributed.Client(), under if __name__ == '__main__', and give client=client."
+            )
         with cls._lock:
             if cls._current is not None and not cls._current._is_alive():
                 cls._current._close()

@@ -68,6 +68,8 @@ class Outfit:
     #: Guards what is known, and news; nothing of anybody else's runs under it.
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _clusters: ClassVar[dict[str, _Cluster]] = {}
+    #: Who is to hear what workers say, by client: that has one handler for a topic.
+    _of_client: ClassVar[weakref.WeakKeyDictionary[Any, weakref.WeakSet[Outfit]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, client: Any, wait_s: float, placement: Placement, *, is_provided: bool = False) -> None:
         self._client = client
@@ -103,7 +105,7 @@ class Outfit:
         if self._is_provided:
             return False
         before = self._scheduler
-        self._client.subscribe_topic(_TOPIC, _hearing(weakref.ref(self)))
+        self._listen()
         self._register(luggage(_TOPIC, dict(DISTRIBUTIONS)))
         # Before the question who is there: who joins while it is answered is not taken for gone.
         with self._lock:
@@ -127,17 +129,24 @@ class Outfit:
         self._is_provided = False
         self._is_lacking |= is_lacking
 
+    def _listen(self) -> None:
+        with self._lock:
+            listening = self._of_client.setdefault(self._client, weakref.WeakSet())
+            listening.add(self)
+        self._client.subscribe_topic(_TOPIC, functools.partial(_hear, listening))
+
     def _register(self, plugin: Any) -> None:
         # As Client.register_plugin does, which cannot be told how long to wait.
-        scheduler = self._client.run_on_scheduler(
+        answer = self._client.run_on_scheduler(
             FromSource(abroad.make_way), prefix=PLUGIN_PREFIX, name=plugin.name, callback_timeout=self._wait_s
         )
         with self._lock:
-            self._scheduler = scheduler
-            self._cluster = self._clusters.setdefault(scheduler, _Cluster())
-        # A scheduler that has it gives it to nobody again, unless it is told to.
+            self._scheduler = answer["scheduler"]
+            self._cluster = self._clusters.setdefault(answer["scheduler"], _Cluster())
+        # A scheduler that has it gives it to nobody again, unless it is told to: no need to send it the package.
         is_lacking, self._is_lacking = self._is_lacking, False
-        register_plugin(self._client, plugin, self._wait_s, again=is_lacking)
+        if is_lacking or not answer["is_there"]:
+            register_plugin(self._client, plugin, self._wait_s, again=is_lacking)
 
     def _survey(self, workers: Collection[str]) -> dict[str, Mapping[str, Any]]:
         """Ask workers what they have; some may not answer."""
@@ -198,15 +207,12 @@ def _own_survey() -> Mapping[str, Any]:
     return abroad.survey(PACKAGE, DISTRIBUTIONS)
 
 
-def _hearing(outfit: weakref.ref[Outfit]) -> Any:
-    """Return what a client calls for each worker that says what it has; it does not keep the connection."""
-
-    def hear(event: tuple[float, Any]) -> None:
-        heard = outfit()
-        if heard is not None:
-            heard.hear(event[1]["address"], event[1]["report"])
-
-    return hear
+def _hear(listening: weakref.WeakSet[Outfit], event: tuple[float, Any]) -> None:
+    """Tell the outfits of a client what a worker has. Called on its event loop; it never forgets whom it calls."""
+    with Outfit._lock:
+        outfits = list(listening)
+    for outfit in outfits:
+        outfit.hear(event[1]["address"], event[1]["report"])
 
 
 def lacks_package(error: BaseException | None) -> bool:

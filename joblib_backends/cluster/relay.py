@@ -24,6 +24,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from . import sklearn_transport
+from .client import unsubscribe
 from .delivery import Delivery, Message
 from .ticket import Ticket
 
@@ -38,7 +39,7 @@ _Event = tuple[str, int, list[Message]]
 class _Inbox:
     """What has arrived and is not yet delivered: events, and ends of batches behind them; None ends the thread.
 
-    All that the client holds: it never forgets whom it called.
+    All of a relay that its client holds.
     """
 
     def __init__(self) -> None:
@@ -117,7 +118,7 @@ class Relay:
         """End the thread, after what has arrived by now."""
         if self._is_subscribed:
             with contextlib.suppress(Exception):  # the client may be closed
-                self._client.unsubscribe_topic(self._topic)
+                unsubscribe(self._client, self._topic)
         self._inbox.items.put(None)
 
     def _settle(self, ended: Future[Any]) -> None:

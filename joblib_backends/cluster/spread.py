@@ -17,6 +17,7 @@ import logging
 import queue
 import threading
 import uuid
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple
@@ -60,7 +61,7 @@ class Spread:
     client : distributed.Client
         Of the cluster.
     resident : Resident
-        The buffer. Only its file is kept in mind: the copies go with the resident.
+        The buffer. It is not held: what is on its way, and the copies, go with the resident.
     workers_in : callable
         Returns the workers that a place has now.
     arrived : callable
@@ -81,6 +82,7 @@ class Spread:
         own_place: str,
     ) -> None:
         self._client = client
+        self._resident = weakref.ref(resident)
         self._ref = resident.ref()
         self._workers_in = workers_in
         self._arrived = arrived
@@ -157,6 +159,10 @@ class Spread:
 
     def _has_work(self, under_way: dict[str, _Transfer]) -> bool:
         with self._lock:
+            if self._resident() is None:
+                # What is under way goes with its futures.
+                self._wanted, self._is_running = [], False
+                return False
             self._is_running = bool(self._wanted or under_way)
             return self._is_running
 
@@ -206,6 +212,7 @@ class Spread:
         worker = self._wait_for(keeper, workers).address
         content, writing = map_buffer(self._ref), None
         for start in range(0, self._ref.nbytes, PART_NBYTES):
+            self._check_is_needed()
             part = content[start : start + PART_NBYTES]
             # hash=False: no use for a name by content. A list: bytes alone would be taken for a sequence of parts.
             [sent] = self._client.scatter([part], workers=[worker], hash=False)
@@ -221,9 +228,14 @@ class Spread:
         ended = threading.Event()
         future.add_done_callback(lambda _: ended.set())
         while not ended.wait(_LOOK_S):
+            self._check_is_needed()
             if not any(nthreads(self._client, _ASK_S).get(worker) for worker in workers):
                 raise LookupError(f"the workers {workers} have left")
         return future.result()
+
+    def _check_is_needed(self) -> None:
+        if self._resident() is None:
+            raise LookupError("nobody needs it any more")
 
     def _finish(self, place: str, future: Any, source: str = "") -> None:
         """Have a copy that has arrived used, or note that it has not."""

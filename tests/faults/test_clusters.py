@@ -336,6 +336,16 @@ def test_a_call_waits_for_no_other_clusters_connection(pair):
             waiting.join(2 * LONG)
 
 
+def test_a_scheduler_that_has_the_package_is_not_sent_it_again(pair, folder, monkeypatch):
+    from joblib_backends.cluster import outfit
+
+    backend = HybridBackend(scheduler=pair.address)
+    assert backend.effective_n_jobs(-1) == 2
+    del backend
+    monkeypatch.setattr(outfit, "register_plugin", lambda *_, **__: pytest.fail("it was sent"))
+    assert runs_on(pair, folder, scheduler=pair.address, n_jobs=2)
+
+
 # ---- a local cluster on request
 
 
@@ -501,6 +511,18 @@ def test_a_local_cluster_that_does_not_start_says_why(no_local_cluster, folder, 
         parallel_backend("hybrid", scheduler="local"),
     ):
         assert squares(folder, n_jobs=2) == SQUARES
+
+
+def test_where_no_local_cluster_can_be_started_it_is_said_before_anything_is(no_local_cluster, folder, monkeypatch):
+    monkeypatch.setattr("joblib_backends.cluster.local._CAN_PASS_PIPES", False)
+    before = set(psutil.Process().children(recursive=True))
+    with (
+        pytest.raises(ConfigurationError, match=r"scheduler is 'local', .*give client=client"),
+        parallel_backend("hybrid", scheduler="local"),
+    ):
+        squares(folder, n_jobs=2)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not started(folder)
 
 
 def test_certificates_are_not_for_a_local_cluster():
