@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, Final
 
 from cluster_processes import Gauge, LargeCluster, bytes_over_loopback, watched, where
@@ -45,6 +46,9 @@ _IDLE_S: Final = 3.0
 _PART_NBYTES: Final = 1 << 24
 _N_PARTS: Final = 16
 
+#: What two measurements of one row have in common; not how many tasks.
+_NAMES_A_ROW: Final = ("what", "way", "n_workers", "task_s")
+
 #: Seconds that a row may take in all.
 _ROW_S: Final = 1_800.0
 
@@ -56,7 +60,7 @@ def run_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return what was measured of a row, as its client sees it."""
     from distributed import Client
 
-    with Client(row["address"], set_as_default=row["way"] == "joblib") as client:
+    with Client(row["address"], set_as_default=row["way"] in _BARE_WAYS) as client:
         return {"calls": _calls, "fairness": _fairness, "transfer": _transfer}[row["what"]](client, row)
 
 
@@ -156,6 +160,10 @@ def _windowed(client: Any, n_tasks: int, task_s: float) -> list[tuple[int, float
 _WAYS: Final = {"hybrid": _hybrid, "bare": _bare, "windowed": _windowed, "joblib": _joblib}
 
 
+#: Ways that look for a client themselves.
+_BARE_WAYS: Final = ("windowed", "joblib")
+
+
 def _fairness(client: Any, row: dict[str, Any]) -> dict[str, Any]:
     """Return when a short call ends by itself, and beside a long one that began before it."""
     from distributed import Client
@@ -205,17 +213,31 @@ def _transfer(client: Any, row: dict[str, Any]) -> dict[str, Any]:
     return {"by_scheduler_per_s": nbytes / by_scheduler_s, "worker_to_worker_per_s": nbytes / _timed(fetch)}
 
 
+def _choice_s(n_workers: int) -> float:
+    """Return the seconds in which the scheduler finds the least busy of so many idle workers, as it does per task."""
+    from distributed.scheduler import SchedulerState
+
+    idle = {_Worker(processing={}, nthreads=1) for _ in range(n_workers)}
+    state = SimpleNamespace(idle_task_count=idle, WORKER_SATURATION=1.1, validate=False)
+    return min(_timed(lambda: SchedulerState.decide_worker_rootish_queuing_enabled(state)) for _ in range(20))
+
+
+class _Worker(SimpleNamespace):
+    """What may be in a set, as the scheduler's own notes of a worker."""
+
+    __hash__ = object.__hash__
+
+
 # ---- all rows
 
 
 def _rows(n_tasks: int, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    ways = [("hybrid", size, n_tasks) for size in sizes] + [("bare", size, n_tasks) for size in sizes]
+    ways += [("windowed", 100, n_tasks), ("joblib", 100, min(n_tasks, _N_TASKS_OF_JOBLIB))]
     rows = [
-        {"what": "calls", "way": way, "n_workers": size, "n_tasks": n_tasks, "task_s": 0.0}
-        for size in sizes
-        for way in ("hybrid", "bare", "windowed")
+        {"what": "calls", "way": way, "n_workers": size, "n_tasks": n, "task_s": 0.0}
+        for way, size, n in sorted(ways, key=lambda way: way[1])
     ]
-    n_of_joblib = min(n_tasks, _N_TASKS_OF_JOBLIB)
-    rows.append({"what": "calls", "way": "joblib", "n_workers": 100, "n_tasks": n_of_joblib, "task_s": 0.0})
     for size, task_s in _LENGTHS:
         n_long = size * _TASKS_PER_WORKER
         rows.append({"what": "calls", "way": "hybrid", "n_workers": size, "n_tasks": n_long, "task_s": task_s})
@@ -225,17 +247,30 @@ def _rows(n_tasks: int, sizes: Sequence[int]) -> list[dict[str, Any]]:
             {"what": "fairness", "way": way, "n_workers": n_workers, "task_s": task_s, "n_long": n_long}
             | {"n_short": n_short, "delay_s": 4.0}
         )
-    return [*rows, {"what": "transfer", "way": "", "n_workers": 2}]
+    rows.append({"what": "transfer", "way": "-", "n_workers": 2})
+    return [*rows, {"what": "choice", "way": "-", "n_workers": 10_000}]
 
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
     """Run a row on a cluster of its own."""
+    if row["what"] == "choice":
+        return {**row, "choice_s": _choice_s(row["n_workers"])}
     with LargeCluster(row["n_workers"]) as cluster:
         asked = {**row, "address": cluster.address, "pids": cluster.pids}
         child = [sys.executable, __file__, "row", json.dumps(asked)]
         output = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True, timeout=_ROW_S).stdout
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])
     return {**row, **figures}
+
+
+def _measure_into(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Put what was measured of a row in the place of what is known of it; one that fails costs no other."""
+    try:
+        found = measure(row)
+    except (subprocess.SubprocessError, RuntimeError) as error:
+        print(f"No result: {error}", file=sys.stderr, flush=True)
+        return
+    rows[:] = [one for one in rows if any(one.get(name) != row.get(name) for name in _NAMES_A_ROW)] + [found]
 
 
 # ---- the report
@@ -282,6 +317,7 @@ def report(document: dict[str, Any]) -> str:
         "Efficiency: the time of all tasks over that of all workers.",
         *_fairness_part([row for row in rows if row["what"] == "fairness"]),
         *_transfer_part([row for row in rows if row["what"] == "transfer"]),
+        *_choice_part([row for row in rows if row["what"] == "choice"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -351,7 +387,16 @@ def _fairness_part(rows: Sequence[dict[str, Any]]) -> Sequence[str]:
 def _transfer_part(rows: Sequence[dict[str, Any]]) -> Sequence[str]:
     return [
         "### Data\n\nIn parts of 16 MiB: client to worker, through the scheduler, "
-        f"{row['by_scheduler_per_s'] / 1e6:.0f} MB/s; worker to worker {row['worker_to_worker_per_s'] / 1e6:.0f} MB/s (both workers in one process)."
+        f"{row['by_scheduler_per_s'] / 1e6:.0f} MB/s; worker to worker {row['worker_to_worker_per_s'] / 1e6:.0f} MB/s "
+        "(both workers in one process)."
+        for row in rows
+    ]
+
+
+def _choice_part(rows: Sequence[dict[str, Any]]) -> Sequence[str]:
+    return [
+        f"### Idle workers\n\nTo find the least busy of {row['n_workers']} idle workers takes the scheduler "
+        f"{seconds(row['choice_s'])}, for each task."
         for row in rows
     ]
 
@@ -367,14 +412,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=100_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[10, 100, 300, 500])
-    parser.add_argument("--only", default="", metavar="WORD", help="rows of that kind or way")
+    parser.add_argument("--only", default="", metavar="WORD", help="rows of that kind or way; others are kept")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    document: dict[str, Any] = {"machine": describe_machine(), "rows": []}
+    kept = json.loads(RESULTS.read_text())["rows"] if options.only and RESULTS.exists() else []
+    document: dict[str, Any] = {"machine": describe_machine(), "rows": kept}
     for row in _rows(options.tasks, options.workers):
         if options.only in (row["what"], row["way"], ""):
             print(f"{time.strftime('%X')} {row}", file=sys.stderr, flush=True)
-            document["rows"].append(measure(row))
+            _measure_into(document["rows"], row)
             if options.save:
                 # Each row, for all of them take an hour.
                 RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
