@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import queue
 import time
 from collections import Counter
@@ -56,7 +57,9 @@ class Collector:
         self._sender = sender
         self._fetching = Fetching(flight)
         self._n_stuck: Counter[str] = Counter()
-        self._looked = self._had_workers = time.monotonic()
+        self._looked = self._had_workers = self._sought_overdue = time.monotonic()
+        # Of the batches that had started when overdue ones were last sought.
+        self._first_due = math.inf
         self._is_over = False
 
     def run(self) -> None:
@@ -150,15 +153,32 @@ class Collector:
         if not self._flight:
             return _RELEASE_S if self._flight.has_spent else None
         now = time.monotonic()
-        due = [t.started[0] + t.timeout_s for t in self._flight.tickets if t.started and t.timeout_s]
-        return max(0.0, min(self._looked + _LOOK_EVERY_S, self._fetching.next_time(), *due, now + _LOOK_EVERY_S) - now)
+        due = self._next_due()
+        return max(0.0, min(self._looked + _LOOK_EVERY_S, self._fetching.next_time(), due, now + _LOOK_EVERY_S) - now)
+
+    def _next_due(self) -> float:
+        """Return when a batch may be overdue, at the earliest.
+
+        What has started since they were last sought is overdue no sooner than its time limit after that.
+        """
+        return min(self._first_due, self._sought_overdue + self._flight.least_timeout_s)
+
+    def _overdue(self, now: float) -> list[Ticket]:
+        """Return the batches that have been running for too long."""
+        if now < self._next_due():
+            return []
+        self._sought_overdue = now
+        limited = self._flight.limited
+        dues = [ticket.started[0] + ticket.timeout_s for ticket in limited if ticket.started and ticket.timeout_s]
+        self._first_due = min((due for due in dues if due > now), default=math.inf)
+        return [ticket for ticket in limited if ticket.is_overdue(now)]
 
     def _look_after_rest(self) -> None:
         now = time.monotonic()
         if not self._flight:
             self._had_workers = now
             return
-        overdue = [ticket for ticket in self._flight.tickets if ticket.is_overdue(now)]
+        overdue = self._overdue(now)
         if overdue or now - self._looked >= _LOOK_EVERY_S:
             self._looked = now
             self._look_at_workers()
@@ -182,9 +202,15 @@ class Collector:
         self._had_workers = now if flight.workers else self._had_workers
         # What waits for data looks again at who is there.
         flight.outbox.put(CHANGED)
+        for ticket in flight.limited:
+            if ticket.started is not None and ticket.started[1] not in flight.workers:
+                ticket.started = None
+        for ticket in flight.with_data:
+            if ticket.workers is not None:
+                self._send_elsewhere_if_bound(ticket)
         for ticket in flight.tickets:
-            self._note_departures(ticket)
-            self._give_up_unwanted(ticket)
+            if ticket.outer_task is not None and not ticket.outer_task.is_wanted():
+                self._give_up(ticket)
         for ticket in self._fetching.give_up_slow():
             flight.send_again(ticket, "its worker left before its outcome was fetched")
         if now - self._had_workers > flight.wait_s:
@@ -195,22 +221,19 @@ class Collector:
                 )
             )
 
-    def _note_departures(self, ticket: Ticket) -> None:
-        workers = self._flight.workers
-        if ticket.started is not None and ticket.started[1] not in workers:
-            ticket.started = None
+    def _send_elsewhere_if_bound(self, ticket: Ticket) -> None:
+        """Send a batch again that waits for workers which have all left."""
         future = ticket.dask_future
-        has_none_left = ticket.workers is not None and not ticket.workers & workers
+        has_none_left = ticket.workers is not None and not ticket.workers & self._flight.workers
         if has_none_left and future is not None and future.status == "pending":
             # All that it may run on are gone: Dask would keep it for them.
             self._flight.outbox.put(Cancel([], [future]))
             self._flight.send_again(ticket, "all workers that had its data have left")
 
-    def _give_up_unwanted(self, ticket: Ticket) -> None:
-        """Cancel a batch whose call is made in a Dask task that was cancelled."""
-        if ticket.outer_task is not None and not ticket.outer_task.is_wanted():
-            self._flight.outbox.put(Cancel([], [ticket.dask_future]))
-            self._flight.end(ticket, None, CancelledError(f"{ticket.outer_task!r} was cancelled."))
+    def _give_up(self, ticket: Ticket) -> None:
+        """Cancel a batch of a call that is made in a Dask task which was cancelled."""
+        self._flight.outbox.put(Cancel([], [ticket.dask_future]))
+        self._flight.end(ticket, None, CancelledError(f"{ticket.outer_task!r} was cancelled."))
 
     def _end_overdue(self, ticket: Ticket, address: str) -> None:
         future = ticket.dask_future

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import math
 import queue
 import time
 from collections import deque
@@ -54,6 +55,12 @@ class Flight:
         self._placement = placement
         # By key. Tickets that wait for data are in it, too: they end with the cluster.
         self._tickets: dict[str, Ticket] = {}
+        # Those of them with a time limit, and those with data: all that somebody looks at again and again. A call has
+        # ten times as many batches on the cluster as that has threads. To look at each took a fifth of the client's
+        # time with 5,000 (benchmarks/cluster_size.py), and would take all of it with 100,000.
+        self._limited: dict[str, Ticket] = {}
+        self._with_data: dict[str, Ticket] = {}
+        self._least_timeout_s = math.inf
         #: The batches that each worker can run at once; and the workers.
         self.nthreads: dict[str, int] = {}
         self.workers: frozenset[str] = frozenset()
@@ -76,8 +83,29 @@ class Flight:
         """The batches that are on the cluster, or wait for their data to be."""
         return list(self._tickets.values())
 
+    @property
+    def limited(self) -> list[Ticket]:
+        """Those of the batches that may not run for ever."""
+        return list(self._limited.values())
+
+    @property
+    def with_data(self) -> list[Ticket]:
+        """Those of the batches that may be bound to workers, which have their data."""
+        return list(self._with_data.values())
+
+    @property
+    def least_timeout_s(self) -> float:
+        """No batch that is here, or came meanwhile, has a smaller time limit; infinity if none has one."""
+        return self._least_timeout_s if self._limited else math.inf
+
     def add(self, ticket: Ticket) -> None:
         """Note a batch that is being sent."""
+        if ticket.timeout_s:
+            # In this order, and before it can start: who looks for what is overdue goes by it.
+            self._least_timeout_s = min(self.least_timeout_s, ticket.timeout_s)
+            self._limited[ticket.key] = ticket
+        if ticket.payload.residents:
+            self._with_data[ticket.key] = ticket
         self._tickets[ticket.key] = ticket
 
     def find(self, key: str) -> Ticket | None:
@@ -87,6 +115,8 @@ class Flight:
     def drop(self, ticket: Ticket) -> None:
         """Forget a batch whose call was aborted."""
         self._tickets.pop(ticket.key, None)
+        self._limited.pop(ticket.key, None)
+        self._with_data.pop(ticket.key, None)
 
     # ---- workers
 
