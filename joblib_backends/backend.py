@@ -184,12 +184,15 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def _bind_to_nothing(self) -> None:
         self._parallel_ref: Callable[[], Any] = _no_parallel
-        self._call_config = _in_outer_task(self.config)
-        self._facts = self._observe(self._call_config)
+        self._look_around()
         self._workers = 1
         self._nested: tuple[HybridBackend, None] | None = None
         self._call: Call | None = None
         self._own_pre_dispatch = _DEFAULT_PRE_DISPATCH
+
+    def _look_around(self) -> None:
+        self._call_config = _in_outer_task(self.config)
+        self._facts = self._observe(self._call_config)
 
     def __repr__(self) -> str:
         call = f" {self._call!r}" if self._call else ""
@@ -229,6 +232,9 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             raise ConfigurationError(
                 "n_jobs == 0 in Parallel has no meaning: use n_jobs=-1 for all cores, n_jobs=1 for a plain loop."
             )
+        if self._parallel_ref is _no_parallel:
+            # Asked ahead of a call, and perhaps in another task than the one for which this was made.
+            self._look_around()
         n_jobs = self.default_n_jobs if n_jobs is None else n_jobs
         plan = choose_tier(self._facts)
         if n_jobs == 1 or plan.tier == "inline" or self._is_local_choice():

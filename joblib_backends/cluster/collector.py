@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 #: Seconds between two looks at a cluster that has batches of ours: whether it has workers, and what runs too long.
 _LOOK_EVERY_S: Final = 0.5
 
-#: Seconds after the last batch in which another call may come, before its outcomes are released.
+#: Seconds for which outcomes that are here are not released, because more batches may be sent: the next call's.
 _RELEASE_S: Final = 0.05
 
 
@@ -85,8 +85,6 @@ class Collector:
             first = self._flight.done.get(timeout=self._seconds_to_next_look())
         except queue.Empty:
             first = None
-            if is_idle:
-                self._flight.release_spent()
         if is_idle:
             # Nothing was on the cluster, and nobody has looked at it.
             self._had_workers = time.monotonic()
@@ -98,6 +96,8 @@ class Collector:
         for ticket, outcome in self._fetching.take():
             self._finish(ticket, outcome)
         self._fetching.start_due()
+        if time.monotonic() - self._flight.spent_since >= _RELEASE_S:
+            self._flight.release_spent()
         self._look_after_rest()
 
     # ---- what is done
@@ -151,10 +151,10 @@ class Collector:
 
     def _seconds_to_next_look(self) -> float | None:
         if not self._flight:
-            return _RELEASE_S if self._flight.has_spent else None
+            return _RELEASE_S if self._flight.spent_since < math.inf else None
         now = time.monotonic()
-        due = self._next_due()
-        return max(0.0, min(self._looked + _LOOK_EVERY_S, self._fetching.next_time(), due, now + _LOOK_EVERY_S) - now)
+        due = min(self._next_due(), self._fetching.next_time(), self._flight.spent_since + _RELEASE_S)
+        return max(0.0, min(self._looked + _LOOK_EVERY_S, due, now + _LOOK_EVERY_S) - now)
 
     def _next_due(self) -> float:
         """Return when a batch may be overdue, at the earliest.

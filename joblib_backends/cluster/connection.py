@@ -60,7 +60,9 @@ class Connection:
     @classmethod
     def get(cls, config: Config) -> Connection:
         """Return the connection for the client or address that ``config`` means."""
-        client = _client_of(config)
+        client = config.client if config.client is not None else None if config.scheduler else _client_here(config)
+        if client is None and config.outer_task is not None and not config.scheduler:
+            return cls._get_in_task(config)
         if client is None and not is_named(config):
             raise ConfigurationError(
                 "tier='dask' has no cluster: give scheduler='tcp://host:8786' or 'local', or client=Client(...), or "
@@ -85,6 +87,25 @@ class Connection:
                 cls._connections[key] = connection
         # Without the lock: the user may have put code in the place of what shows warnings.
         connection.outfit.tell()
+        return connection
+
+    @classmethod
+    def _get_in_task(cls, config: Config) -> Connection:
+        """Return the connection of the worker in whose task a call is made."""
+        outer_task = config.outer_task
+
+        def make_client() -> Any:
+            try:
+                return outer_task.make_client(config.wait_for_workers)
+            except (OSError, TimeoutError) as error:
+                raise ClusterUnavailableError(
+                    f"The scheduler of the Dask worker that runs {outer_task!r} did not answer within "
+                    f"wait_for_workers={config.wait_for_workers:g} seconds: is it still running?"
+                ) from error
+
+        key = (outer_task.worker_id, Placement.of(config), config.wait_for_workers)
+        connection = cls._get(key, config, make_client, owns_client=True)
+        outer_task.keep(connection)
         return connection
 
     @classmethod
@@ -215,19 +236,10 @@ class Connection:
         return known[1]
 
 
-def _client_of(config: Config) -> Any:
-    """Return the client that ``config`` means, or None if it names a scheduler, or nothing."""
-    if config.client is not None or config.scheduler:
-        return config.client
-    if config.outer_task is None:
-        return active_client()
-    try:
-        return config.outer_task.client(config.wait_for_workers)
-    except (OSError, TimeoutError) as error:
-        raise ClusterUnavailableError(
-            f"The Dask task {config.outer_task!r} could not reach its scheduler within "
-            f"wait_for_workers={config.wait_for_workers:g} seconds: is it still running?"
-        ) from error
+def _client_here(config: Config) -> Any:
+    """Return the client that is active in this process, or None; whose it is does not matter to a batch in a worker."""
+    is_in_batch = config.outer_task is not None and config.outer_task.n_slots is not None
+    return None if is_in_batch else active_client()
 
 
 if hasattr(os, "register_at_fork"):

@@ -70,6 +70,7 @@ class Flight:
         # Dask's futures of batches that have ended. To let go of them tells the scheduler, and after that Dask's client
         # says nothing for 10 ms: the next call would wait.
         self._spent: deque[Any] = deque()
+        self._spent_since = math.inf
 
     def __repr__(self) -> str:
         return f"<Flight of {len(self._tickets)} batches to {len(self.workers)} workers>"
@@ -142,18 +143,20 @@ class Flight:
         """Complete a batch, after what scikit-learn's callbacks have said in it."""
         self.drop(ticket)
         if ticket.dask_future is not None:
+            self._spent_since = min(self._spent_since, time.monotonic())
             self._spent.append(ticket.dask_future)
         self.relay.after_messages(functools.partial(ticket.end, outcome, error))
         if ticket.workers is not None:
             self.outbox.put(CHANGED)
 
     @property
-    def has_spent(self) -> bool:
-        """Whether Dask keeps outcomes that nobody needs any more."""
-        return bool(self._spent)
+    def spent_since(self) -> float:
+        """Since when Dask has been keeping an outcome that nobody needs any more; infinity if it keeps none."""
+        return self._spent_since
 
     def release_spent(self) -> None:
-        """Let Dask forget them."""
+        """Let Dask forget them: their workers' memory, and what would be done again if a worker died."""
+        self._spent_since = math.inf
         self._spent.clear()
 
     def send_again(self, ticket: Ticket, why: str) -> None:

@@ -1,8 +1,9 @@
 """The Dask task in which a call is made: its thread is a worker's, and its worker leads to the rest of the cluster.
 
 A task that waits for other tasks must not hold what they may need. Before its thread waits, it leaves its slot
-(Dask's ``secede``), which another task then has; after that it comes back (``rejoin``) when a slot is free, so never
-do more tasks compute than there are slots, at any depth.
+(Dask's ``secede``), which another task then has; when its call is over it comes back (``rejoin``) as soon as a slot is
+free. So no more tasks compute than there are slots, at any depth, but for two: a call that fails does not wait for a
+slot to say so, and what the thread does between its results (the loop over a generator) it does without one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ __all__ = ["OuterTask", "inside_batch", "of_this_thread"]
 
 #: States of a task, on its worker, whose result somebody waits for. "resumed": it was given up, and then it was not.
 _WANTED: Final = frozenset({"executing", "long-running", "resumed"})
+
+#: States of a worker that starts nothing any more: there, no slot becomes free for who waits for one.
+_ENDING: Final = frozenset({distributed.Status.closing, distributed.Status.closed, distributed.Status.failed})
 
 
 class OuterTask:
@@ -41,20 +45,36 @@ class OuterTask:
         self._worker = worker
         self._key = worker.get_current_task()
         self._thread = threading.get_ident()
-        self._has_left = False
 
     def __repr__(self) -> str:
         return f"<OuterTask {self._key}, {self.n_slots} slots>"
 
-    def client(self, timeout_s: float) -> Any:
-        """Return the client of the worker, which Dask makes at the first request.
+    @property
+    def worker_id(self) -> str:
+        """What tells the worker from all others."""
+        return str(self._worker.id)
+
+    def make_client(self, timeout_s: float) -> Any:
+        """Return a new client of the worker's scheduler.
+
+        Not the one that Dask makes for who asks: it is the default of the whole process from then on, and whoever calls
+        joblib in a task of his own would find it.
 
         Raises
         ------
         OSError, TimeoutError
             If the scheduler does not answer within ``timeout_s`` seconds.
         """
-        return self._worker._get_client(timeout=timeout_s)
+        worker = self._worker
+        return distributed.Client(  # type: ignore[no-untyped-call]
+            worker.scheduler,
+            loop=worker.loop,
+            security=worker.security,
+            set_as_default=False,
+            asynchronous=False,
+            direct_to_workers=True,
+            timeout=timeout_s,
+        )
 
     def is_wanted(self) -> bool:
         """Return whether the result of the task is still wanted; who has given it up wants nothing of its calls."""
@@ -78,14 +98,15 @@ class OuterTask:
         # Not if the user's code has left before: coming back is its own affair, too.
         if self._is_here() and pool_state.proceed:
             distributed.secede()  # type: ignore[no-untyped-call]
-            self._has_left = True
+            _of_thread.has_left = True
 
     def take_slot(self) -> None:
         """Come back: wait until a thread of the worker is done with its task, or leaves its slot in turn."""
-        # A worker that ends runs nothing more for which to wait.
-        if self._has_left and self._is_here() and self._worker.status == distributed.Status.running:
+        has_left = self._is_here() and getattr(_of_thread, "has_left", False)
+        # Who is back already would wait for himself, in a worker of one thread.
+        if has_left and not pool_state.proceed and self._worker.status not in _ENDING:
             distributed.rejoin()  # type: ignore[no-untyped-call]
-            self._has_left = False
+            _of_thread.has_left = False
 
     def _is_here(self) -> bool:
         return threading.get_ident() == self._thread and hasattr(pool_state, "proceed")
@@ -104,6 +125,7 @@ class _KeepConnection(distributed.WorkerPlugin):
         self.connection = None
 
 
+#: Of a worker's thread: the task that it runs, and whether that has left its slot for a call.
 _of_thread = threading.local()
 
 
@@ -126,7 +148,8 @@ def of_this_thread() -> OuterTask | None:
     """Return the Dask task that runs in this thread, or None."""
     task: OuterTask | None = getattr(_of_thread, "task", None)
     if task is None and hasattr(pool_state, "proceed"):
-        # A task of the user's own.
-        with contextlib.suppress(ValueError):
-            return OuterTask(distributed.get_worker())
+        # A task of the user's own. A method of an actor is none, and has a thread that no task may need.
+        with contextlib.suppress(ValueError, AttributeError):
+            worker = distributed.get_worker()
+            return OuterTask(worker) if worker.get_current_task() in worker.state.tasks else None
     return task

@@ -84,9 +84,6 @@ class DaskTier(Tier):
         self._n_slots = self.capacity(config)
         self._fills_cluster = n_jobs >= self._connection.n_slots()
         self._tickets: set[Ticket] = set()
-        self._is_in_batch = self._outer_task is not None and self._outer_task.n_slots is not None
-        if self._is_in_batch:
-            self._outer_task.keep(self._connection)
         LocalCluster.begin(self, self._connection.client)
 
     def __repr__(self) -> str:
@@ -99,8 +96,9 @@ class DaskTier(Tier):
 
     @property
     def warm(self) -> object:
-        """Return the connection, with what it has scattered; a worker keeps the one of its batches by itself."""
-        return None if self._is_in_batch else self._connection
+        """Return the connection, with what it has scattered; that of a batch is kept by its worker."""
+        is_in_batch = self._outer_task is not None and self._outer_task.n_slots is not None
+        return None if is_in_batch else self._connection
 
     @property
     def look_ahead(self) -> int:

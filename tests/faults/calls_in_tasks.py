@@ -87,6 +87,29 @@ def fail_at(i, bad, folder):
     return i
 
 
+def has_slot_after_a_call_that_failed(folder):
+    """Return whether this thread has its slot when a call of its has failed, and after one that has not."""
+    from distributed.threadpoolexecutor import thread_state
+
+    has_slot = []
+    try:
+        fail_inside(folder)
+    except LookupError:
+        has_slot.append(thread_state.proceed)
+    streamed(12, "list")
+    return [*has_slot, thread_state.proceed]
+
+
+class Caller:
+    """An actor that makes calls."""
+
+    def call(self, address):
+        import joblib_backends  # noqa: F401  registers the backend
+
+        with parallel_config("hybrid", scheduler=address, n_jobs=2, fallback=False):
+            return Parallel(batch_size=1)(delayed(abs)(-i) for i in range(5))
+
+
 def streamed(n_tasks, return_as):
     """Return the results of a call whose results are a generator."""
     call = Parallel(n_jobs=-1, batch_size=1, return_as=return_as)

@@ -25,12 +25,14 @@ from clusters import (
     KeyKeeper,
     eventually,
     hold,
+    hold_first,
     is_alive,
     key_of_this_task,
     kill,
     pids,
     square,
     started,
+    tasks_known_to,
     wait_until,
 )
 from joblib import Parallel, cpu_count, delayed, parallel_backend
@@ -796,6 +798,24 @@ def look_at(client, folder, seen):
 
 def priorities_of(dask_scheduler):
     return [task.priority[0] for task in dask_scheduler.tasks.values() if "hold" in str(task.key)]
+
+
+# ---- what is left on the cluster
+
+
+def test_outcomes_that_are_here_are_released_while_other_batches_run(make_cluster, tmp_path):
+    """They would take their workers' memory, and be computed again when one of those died."""
+    cluster = make_cluster()
+    with (
+        parallel_backend("hybrid", scheduler=cluster.address, n_jobs=2, fallback=False),
+        cluster.client() as client,
+    ):
+        call = Parallel(batch_size=1, return_as="generator_unordered")
+        results = call(delayed(hold_first)(i, 1, str(tmp_path)) for i in range(12))
+        assert sorted(next(results) for _ in range(11)) == SQUARES[1:]
+        assert eventually(lambda: len(client.run_on_scheduler(tasks_known_to)) == 1)
+        (tmp_path / "go").touch()
+        assert list(results) == [0]
 
 
 # ---- what people see on the dashboard

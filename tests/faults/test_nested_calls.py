@@ -8,9 +8,11 @@ import numpy as np
 import psutil
 import pytest
 from calls_in_tasks import (
+    Caller,
     call_of_own_task,
     crowd,
     fail_inside,
+    has_slot_after_a_call_that_failed,
     held_inside,
     hold_or_fail,
     meeting,
@@ -119,6 +121,9 @@ def test_threads_of_this_process_as_workers(tmp_path):
         [pids] = Parallel()([delayed(meeting)("task", 3, 3, str(tmp_path))])
         assert len(pids) == 3
         assert_idle(client)
+        # A client that is the default would be found by calls which have nothing to do with this.
+        with pytest.raises(ValueError, match="No client"):
+            distributed.default_client()
 
 
 # ---- no call waits for ever
@@ -136,6 +141,13 @@ def test_calls_in_tasks_of_the_users_own_end_even_if_those_have_all_slots(make_c
         assert client.gather(own) == [list(range(5))] * 2
 
 
+def test_calls_in_actors(make_cluster):
+    cluster = make_cluster(2)
+    with distributed.Client(cluster.address, set_as_default=False) as client, client.as_current():
+        actor = client.submit(Caller, actor=True).result()
+        assert actor.call(cluster.address).result() == list(range(5))
+
+
 @pytest.mark.usefixtures("hybrid")
 @pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
 def test_generators_in_tasks(return_as):
@@ -150,6 +162,11 @@ def test_generators_in_tasks(return_as):
 def test_an_error_in_a_call_is_that_of_its_task(tmp_path):
     with pytest.raises(LookupError, match="task 1"):
         Parallel()([delayed(fail_inside)(str(tmp_path))])
+
+
+@pytest.mark.usefixtures("hybrid")
+def test_a_task_whose_call_has_failed_has_its_slot_again_after_the_next(tmp_path):
+    assert Parallel()([delayed(has_slot_after_a_call_that_failed)(str(tmp_path))]) == [[False, True]]
 
 
 def test_what_a_cancelled_task_has_sent_is_cancelled(client, tmp_path):
