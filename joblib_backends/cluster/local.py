@@ -90,6 +90,7 @@ class LocalCluster:
             with cls._lock:
                 current._clients.add(client)
                 current._calls.add(call)
+                current._expected_until = 0.0
 
     @classmethod
     def end(cls, call: object) -> None:
@@ -124,6 +125,8 @@ class LocalCluster:
         self._calls: weakref.WeakSet[object] = weakref.WeakSet()
         self._idle_s = idle_s
         self._used = time.monotonic()
+        #: Until when a call may begin that has asked for the address: on a busy machine it takes long to connect.
+        self._expected_until = 0.0
         self._over = threading.Event()
         order = {"path": [entry or os.getcwd() for entry in sys.path], "n_workers": n_workers}
         reading, self._lifeline = os.pipe()
@@ -156,15 +159,20 @@ class LocalCluster:
 
     def _use(self, config: Config) -> None:
         self._used, self._idle_s = time.monotonic(), config.idle_worker_timeout
+        self._expected_until = self._used + config.wait_for_workers
+
+    def _idle_at(self) -> float:
+        return max(self._used + self._idle_s, self._expected_until)
 
     def _watch(self) -> None:
         """Close the cluster when nobody has used it for long."""
-        while not self._over.wait(max(0.0, self._used + self._idle_s - time.monotonic())):
+        # At most so long: a call that was expected may have begun, and ended.
+        while not self._over.wait(max(0.0, min(self._idle_at() - time.monotonic(), self._idle_s))):
             with LocalCluster._lock:
                 if self._calls:
                     self._used = time.monotonic()
                 # Race: a call may have come while this waited for the lock.
-                elif time.monotonic() - self._used >= self._idle_s:
+                elif time.monotonic() >= self._idle_at():
                     self._close()
 
     def _close(self) -> None:
