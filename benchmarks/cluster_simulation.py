@@ -69,13 +69,18 @@ def short_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 def costs_at(document: dict[str, Any], n_workers: int) -> Costs:
     """Return the constants that the cluster tells whose size is nearest; of many workers, the largest."""
     rows = short_rows(document)
-    row = min(rows, key=lambda row: abs(math.log(row["n_workers"] / n_workers)))
+    return costs_in(document, min(rows, key=lambda row: abs(math.log(row["n_workers"] / n_workers))))
+
+
+def costs_in(document: dict[str, Any], row: dict[str, Any]) -> Costs:
+    """Return the constants that a row tells."""
     [choice], [transfer] = rows_of(document, what="choice"), rows_of(document, what="transfer")
     choice_s, idle = choice["choice_s"] / choice["n_workers"], row["idle_cpu_share"]
     own = {name: one["cpu_ms_per_task"] / 1e3 for name, one in row["processes"].items()}
     # What each would have spent without any task is none of its cost.
     alone_s = row["wall_s"] / row["n_tasks"]
-    scheduler_s = own["scheduler"] - idle["scheduler"] * alone_s - choice_s * row["n_workers"]
+    n_idle = 0 if row["task_s"] else row["n_workers"]
+    scheduler_s = own["scheduler"] - idle["scheduler"] * alone_s - choice_s * n_idle
     worker_s = own["workers"] - idle["workers"] * alone_s
     waits_s = max(0.0, row["round_trip_s"] - own["client"] - scheduler_s - worker_s)
     return Costs(
@@ -126,7 +131,7 @@ def compute(measured: dict[str, Any]) -> dict[str, Any]:
         "data": [_data(costs, *which) for which in _data_cases()],
         "latency": [_with_latency(costs, latency_s, task_s) for task_s in (0.1, 1.0) for latency_s in LATENCIES_S],
         "memory": _memory(measured),
-        "validation": [*_validated_rates(measured), *_validated_lengths(measured)],
+        "validation": _validated(measured),
     }
 
 
@@ -182,38 +187,25 @@ def _memory(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _on_this_machine(measured: dict[str, Any], row: dict[str, Any]) -> Cluster:
-    busy = sum(row["idle_cpu_share"].values())
+    busy = sum(row["idle_cpu_share"].values()) + row["others_cpu_share"]
     cores = max(0.5, measured["machine"]["cores"] - busy)
     # Whatever goes over the loopback goes at once.
     return Cluster(row["n_workers"], latency_s=0.0, shared_cores=cores)
 
 
-def _validated_rates(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    costs = costs_at(measured, _REFERENCE_WORKERS)
-    return [
-        {
-            "what": f"tasks/s, {row['n_workers']} workers, tasks of no length",
-            "measured": row["n_tasks"] / row["wall_s"],
-            "predicted": simulate(costs, _on_this_machine(measured, row), Load(row["n_tasks"], 0.0)).tasks_per_s,
-            "own": simulate(
-                costs_at(measured, row["n_workers"]), _on_this_machine(measured, row), Load(row["n_tasks"], 0.0)
-            ).tasks_per_s,
-        }
-        for row in short_rows(measured)
-    ]
-
-
-def _validated_lengths(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = [row for row in rows_of(measured, what="calls", way="hybrid") if row["task_s"]]
+def _validated(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    reference = costs_at(measured, _REFERENCE_WORKERS)
     lines = []
-    for row in rows:
+    for row in rows_of(measured, what="calls", way="hybrid"):
         cluster, load = _on_this_machine(measured, row), Load(row["n_tasks"], row["task_s"])
-        by_reference, by_own = (
-            simulate(costs_at(measured, n_workers), cluster, load).efficiency
-            for n_workers in (_REFERENCE_WORKERS, row["n_workers"])
-        )
-        name = f"efficiency, {row['n_workers']} workers, tasks of {seconds(row['task_s'])}"
-        lines.append({"what": name, "measured": efficiency(row), "predicted": by_reference, "own": by_own})
+        by_reference, by_own = (simulate(costs, cluster, load) for costs in (reference, costs_in(measured, row)))
+        if row["task_s"]:
+            name = f"efficiency, {row['n_workers']} workers, tasks of {seconds(row['task_s'])}"
+            found = efficiency(row), by_reference.efficiency, by_own.efficiency
+        else:
+            name = f"tasks/s, {row['n_workers']} workers, tasks of no length"
+            found = row["n_tasks"] / row["wall_s"], by_reference.tasks_per_s, by_own.tasks_per_s
+        lines.append({"what": name, **dict(zip(("measured", "predicted", "own"), found, strict=True))})
     return lines
 
 
@@ -232,9 +224,10 @@ def report(document: dict[str, Any]) -> str:
         "### Constants",
         markdown_table(("constant", "value"), _cost_lines(document["costs"])),
         "### Predicted and measured",
-        f"On the machine of the constants, whose cores client, scheduler and workers share; from the constants of "
-        f"{_REFERENCE_WORKERS} workers, and from those of the row's own number (where that was measured: else the "
-        "nearest). The rows of tasks with a length are in no constant.",
+        "On the machine of the constants, whose cores client, scheduler, workers and whatever else ran share; from the "
+        f"constants of {_REFERENCE_WORKERS} workers with tasks of no length, and from the row's own CPU time per task. "
+        "Where the first is too good and the second is not, a task has cost more than in the reference: messages that "
+        "come one by one cost more than those that come together, all the more of hundreds of workers in one process.",
         markdown_table(("what", "measured", f"from {_REFERENCE_WORKERS}", "from its own"), _validation_lines(document)),
         f"### From which length of tasks on are the workers busy {WANTED:.0%} of the time?",
         markdown_table(

@@ -25,6 +25,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, Final
 
+import psutil
 from cluster_processes import Gauge, LargeCluster, bytes_over_loopback, watched, where
 from layout import markdown_table, seconds
 from machine import describe_machine, load_warning, machine_line
@@ -75,13 +76,23 @@ def _calls(client: Any, row: dict[str, Any]) -> dict[str, Any]:
     figures["idle_cpu_share"] = _idle_cpu(row["pids"])
     gauges, sent = {name: Gauge(pid) for name, pid in row["pids"].items()}, bytes_over_loopback()
     gauges["client"] = Gauge(os.getpid())
+    busy = _busy_s()
     with watched(gauges):
         start = time.time()
         results = run(client, row["n_tasks"], row["task_s"])
         wall_s = time.time() - start
     figures["processes"] = {name: gauge.figures(row["n_tasks"]) for name, gauge in gauges.items()}
+    # Where other work ran, less than all cores was there for this.
+    own_s = sum(gauge.cpu_s for gauge in gauges.values())
+    figures["others_cpu_share"] = max(0.0, _busy_s() - busy - own_s) / wall_s
     figures["bytes_per_task"] = (bytes_over_loopback() - sent) / row["n_tasks"]
     return {**figures, "wall_s": wall_s, **_tenths(results, start), **_shares(results, row["n_workers"])}
+
+
+def _busy_s() -> float:
+    """Return the CPU seconds that all processes of the machine have used."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
 
 
 def _timed(call: Callable[[], object]) -> float:
