@@ -9,6 +9,8 @@ Importing the package registers the backend::
         GridSearchCV(pipe, grid, n_jobs=-1).fit(X, y)
 """
 
+import typing as _typing
+
 from joblib import register_parallel_backend as _register
 
 from .backend import HybridBackend
@@ -26,6 +28,7 @@ from .errors import (
 from .report import CallReport, last_report
 from .thread_safety import thread_safe
 from .tiers import register_tier
+from .version import version as _version
 
 __all__ = [
     "BatchTimeoutError",
@@ -44,6 +47,14 @@ __all__ = [
     "thread_safe",
 ]
 
-__version__ = "0.1.0"
+__version__: str
+
+if not _typing.TYPE_CHECKING:  # or every misspelt name of the package would be one
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":
+            return _version()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _register("hybrid", HybridBackend)

@@ -16,7 +16,7 @@ import joblib_backends
 
 pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
 
-from joblib_backends.cluster import abroad
+from joblib_backends.cluster import abroad, travel
 from joblib_backends.cluster.accounting import CountOwnMemory, CountOwnMemoryOfWorker
 from joblib_backends.cluster.outfit import Outfit
 from joblib_backends.cluster.placement import Placement
@@ -54,6 +54,8 @@ def test_the_zip_holds_every_module_and_is_the_same_each_time():
     zipped = zipped_package()
     with zipfile.ZipFile(BytesIO(zipped.content)) as archive:
         held = {name: archive.read(name) for name in archive.namelist()}
+    metadata = held.pop(f"joblib_backends-{joblib_backends.__version__}.dist-info/METADATA").decode()
+    assert metadata.endswith(f"\nName: joblib-backends\nVersion: {joblib_backends.__version__}\n")
     assert held == {f"joblib_backends/{p.relative_to(PACKAGE)}": p.read_bytes() for p in PACKAGE.rglob("*.py")}
     zipped_package.cache_clear()
     assert zipped_package() == zipped
@@ -71,6 +73,19 @@ def test_the_zip_can_be_imported_and_travel_on(tmp_path):
     here = run(program, hidden=(), path=PACKAGE.parent)
     assert run(program, hidden=(), path=path) == here
     assert here.split()[0] == zipped.source
+
+
+def test_what_has_travelled_has_its_own_version_also_where_another_is_installed(tmp_path, monkeypatch):
+    before = zipped_package()
+    zipped_package.cache_clear()
+    monkeypatch.setattr(travel, "version", lambda: "7.8.dev9+g12ab")
+    zipped = zipped_package()
+    zipped_package.cache_clear()
+    # The same commit, installed as two versions, is the same source.
+    assert zipped.source == before.source
+    path = tmp_path / f"{zipped.source}.zip"
+    path.write_bytes(zipped.content)
+    assert run("import joblib_backends; print(joblib_backends.__version__)", hidden=(), path=path) == "7.8.dev9+g12ab"
 
 
 def test_another_source_has_another_hash():

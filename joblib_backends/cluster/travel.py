@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from ..version import DISTRIBUTION, version
 from . import abroad
 
 __all__ = [
@@ -52,7 +53,10 @@ class Zipped(NamedTuple):
 
 @functools.cache
 def zipped_package() -> Zipped:
-    """Return this package as a zip file; made once per process."""
+    """Return this package as a zip file; made once per process.
+
+    Its version is in it, too, but not in the hash: one commit may have been installed by several names.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     assert spec is not None
     assert spec.origin is not None
@@ -64,10 +68,20 @@ def zipped_package() -> Zipped:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in sorted(sources.items()):
-            entry = zipfile.ZipInfo(f"{PACKAGE}/{name}", _SOME_DAY)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, content)
+            _write(archive, f"{PACKAGE}/{name}", content)
+        _write(archive, f"{PACKAGE}-{version()}.dist-info/METADATA", _metadata())
     return Zipped(abroad.hash_of(sources), stream.getvalue())
+
+
+def _write(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    entry = zipfile.ZipInfo(name, _SOME_DAY)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    archive.writestr(entry, content)
+
+
+def _metadata() -> bytes:
+    # Before what is installed on a worker, or our code there would take the version of that for its own.
+    return f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {version()}\n".encode()
 
 
 class FromSource:
