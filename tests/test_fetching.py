@@ -44,7 +44,7 @@ def flight():
 
 def fetch(fetching, n):
     """Have the outcomes of so many batches fetched together, and return those."""
-    tickets = [Ticket("f", None, Payload(None)) for _ in range(n)]
+    tickets = [Ticket("f", ("f", "task 0"), None, Payload(None)) for _ in range(n)]
     for ticket in tickets:
         fetching.add(ticket)
     fetching.start_due()

@@ -27,7 +27,7 @@ def collector(flight):
 
 
 def added(flight, timeout_s=None, residents=()):
-    ticket = Ticket("square", None, SimpleNamespace(residents=residents), timeout_s)
+    ticket = Ticket("square", ("square", "task 0"), None, SimpleNamespace(residents=residents), timeout_s)
     flight.add(ticket)
     return ticket
 

@@ -51,7 +51,7 @@ def sender(flight):
 
 
 def ticket():
-    return Ticket("f", None, Payload(None))
+    return Ticket("f", ("f", "task 0"), None, Payload(None))
 
 
 def fail(*_):
