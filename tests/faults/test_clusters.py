@@ -422,6 +422,22 @@ def test_a_local_cluster_is_not_idle_while_a_task_runs(no_local_cluster, folder)
     assert outcomes == [[0, 1]]
 
 
+def test_a_local_cluster_is_not_idle_while_a_call_connects_to_it(no_local_cluster, folder, monkeypatch):
+    from joblib_backends.cluster import connection
+
+    connect, closed = connection.connect, []
+
+    def connect_late(*args):
+        closed.append(LocalCluster._current._over.wait(0.5))
+        return connect(*args)
+
+    monkeypatch.setattr(connection, "connect", connect_late)
+    with parallel_backend("hybrid", scheduler="local", idle_worker_timeout=0.1, fallback=False):
+        assert squares(folder, n_jobs=2) == SQUARES
+    assert closed
+    assert not any(closed)
+
+
 def hold_two(folder):
     with parallel_backend("hybrid", scheduler="local", idle_worker_timeout=0.2, fallback=False, n_jobs=2):
         return Parallel()(delayed(hold)(i, str(folder)) for i in range(2))
