@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ..errors import ClusterLostError
 from ..remote import place_of_this_process, process_identity
+from .client import unsubscribe
 from .flight import Flight, data_lost_here
 from .outfit import Outfit
 from .places import Places
@@ -90,8 +91,9 @@ class Sender:
                 break
             # A thread that waits must hold no ticket: with it would stay the batch, its files and its context.
             del first, items
-        with contextlib.suppress(Exception):  # the client may be closed, or never have asked
-            self._flight.client.unsubscribe_topic(self._topic)
+        if self._is_told_of_starts:
+            with contextlib.suppress(Exception):  # the client may be closed
+                unsubscribe(self._flight.client, self._topic)
         self._close()
 
     def _what_comes_with(self, first: Ticket | Cancel | object) -> list[Any]:
