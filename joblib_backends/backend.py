@@ -305,7 +305,12 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         config, tier = self._call_config, choose_tier(self._facts).tier
         if tier != "dask":
             return
+        self._context.leave_to_parent()
         try:
+            # Held from now on: joblib asks for the capacity several times before a call opens the tier.
+            held = load_tier(tier).hold(config)
+            if held is not None:
+                self._context.warm[tier] = held
             load_tier(tier).capacity(config)
         except ClusterUnavailableError as error:
             # What is on the cluster only cannot be had here.

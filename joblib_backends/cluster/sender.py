@@ -91,6 +91,8 @@ class Sender:
                 break
             # A thread that waits must hold no ticket: with it would stay the batch, its files and its context.
             del first, items
+        # At once: the cluster may be closed next, and Dask would warn of what is lost with it.
+        self._flight.release_spent()
         if self._is_told_of_starts:
             with contextlib.suppress(Exception):  # the client may be closed
                 unsubscribe(self._flight.client, self._topic)

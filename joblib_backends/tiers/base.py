@@ -102,6 +102,12 @@ class Tier(ABC):
         """Return how many batches can run at once: what ``n_jobs=-1`` means here."""
 
     @classmethod
+    def hold(cls, config: Config) -> object:
+        """Return what the context is to hold before its first call opens the tier; None for nothing."""
+        del config
+        return None
+
+    @classmethod
     def share(cls, config: Config, cores: int) -> Share:
         """Return what a batch may use where this tier runs it, if so many cores, or ``n_slots``, are left for it."""
         return share_of(config, cores)

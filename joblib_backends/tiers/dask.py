@@ -57,6 +57,12 @@ class DaskTier(Tier):
         return (outer and outer.n_slots) or Connection.get(config).n_slots()
 
     @classmethod
+    def hold(cls, config: Config) -> object:
+        """Return the connection to the cluster; that of a batch is kept by its worker, and made when it is needed."""
+        outer = config.outer_task
+        return None if outer and outer.n_slots else Connection.get(config)
+
+    @classmethod
     def is_available(cls) -> bool:
         """Return whether a Dask client is active in this process."""
         return active_client() is not None
@@ -97,8 +103,7 @@ class DaskTier(Tier):
     @property
     def warm(self) -> object:
         """Return the connection, with what it has scattered; that of a batch is kept by its worker."""
-        is_in_batch = self._outer_task is not None and self._outer_task.n_slots is not None
-        return None if is_in_batch else self._connection
+        return None if self._outer_task and self._outer_task.n_slots else self._connection
 
     @property
     def look_ahead(self) -> int:
