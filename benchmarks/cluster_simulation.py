@@ -364,11 +364,13 @@ def plot(document: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
+    for axes in (left, right):
+        # First: it sets the limits of the axes anew.
+        axes.set_xscale("log")
+        axes.set_yscale("log")
     _draw_limits(left, document["points"])
     _draw_data(right, document["data"])
     for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
         axes.tick_params(colors=_INK, which="both")
         axes.xaxis.label.set_color(_INK)
         axes.yaxis.label.set_color(_INK)
@@ -389,6 +391,8 @@ def _draw_limits(axes: Any, points: Sequence[dict[str, Any]]) -> None:
     shares = [[at[n_workers, task_s]["efficiency"] for n_workers in WORKERS] for task_s in TASK_S]
     lines = axes.contour(WORKERS, TASK_S, shares, levels=[0.1, 0.5, 0.8, 0.9], colors=_INK, linewidths=1.2)
     axes.clabel(lines, fmt=lambda level: f"{level:.0%}", fontsize=8)
+    axes.set_xlim(WORKERS[0] / 1.6, WORKERS[-1] * 1.6)
+    axes.set_ylim(TASK_S[0] / 1.6, TASK_S[-1] * 1.6)
     axes.set_xlabel("workers")
     axes.set_ylabel("length of a task in seconds")
     axes.set_title("what limits a call; lines: how busy the workers are", fontsize=10)

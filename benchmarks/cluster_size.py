@@ -433,7 +433,7 @@ def main() -> None:
             print(f"{time.strftime('%X')} {row}", file=sys.stderr, flush=True)
             _measure_into(document["rows"], row)
             if options.save:
-                # Each row, for all of them take an hour.
+                # Each row, for all of them take most of an hour.
                 RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     text = report(document)
     print(text)
