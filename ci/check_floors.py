@@ -90,8 +90,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("scheduler.py",),
     ("context.py",),
     ("backend.py",),
-    ("activation.py",),
+    ("activation.py", "outlook.py"),
+    ("surroundings.py",),
     ("__init__.py",),
+    ("command_line.py",),
     ("__main__.py",),
 )
 

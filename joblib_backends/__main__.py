@@ -4,22 +4,20 @@
 read (``python -S``, an embedded interpreter), ``info`` says what a bug report should say, ``checkpoint`` shows what is
 kept in a file, and deletes what is not needed any more.
 
-Exit codes: what the script of ``run`` exits with; 1 if the results of ``demo`` differ; 2 for what cannot be started, or
-a file that cannot be used.
+Exit codes: what the script of ``run`` exits with; 1 if the results of ``demo`` differ; 2 for a wrong command line, what
+cannot be started, or a file that cannot be used; else 0. ``--help`` of each command says its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import importlib.metadata
+import importlib
 import json
 import os
-import platform
 import runpy
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -27,27 +25,16 @@ from typing import Any, Final
 import joblib
 
 from .activation import activate
-from .budget import available_cores
-from .config import Config, select_backend, temp_folder_from_environment, variables_set
+from .command_line import parser
+from .config import select_backend
 from .errors import HybridError
 from .report import last_report, readable_nbytes
-from .tiers import load_tier, tier_names
+from .surroundings import surroundings
 
 __all__ = ["main"]
 
-_DISTRIBUTIONS: Final = (
-    "joblib-backends",
-    "joblib",
-    "loky",
-    "numpy",
-    "cloudpickle",
-    "threadpoolctl",
-    "xxhash",
-    "scikit-learn",
-    "scipy",
-    "pandas",
-    "distributed",
-)
+#: What ``info`` shows in bytes.
+_NBYTES: Final = frozenset({"memory", "free memory"})
 
 #: The grid of ``demo``: 135 fits, some ten seconds on one core, so that the start of workers does not hide the gain.
 _GRID: Final[dict[str, list[Any]]] = {
@@ -60,46 +47,9 @@ _SMALL_GRID: Final[dict[str, list[Any]]] = {"pca__n_components": [8, 16], "svc__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks and return the exit code."""
-    options = _parser().parse_args(arguments)
-    return int(options.do(options))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m joblib_backends", description="One joblib backend for all places.")
-    commands = parser.add_subparsers(required=True, metavar="demo | run | info | checkpoint")
-
-    demo = commands.add_parser("demo", help="a grid search on digits, alone and under hybrid")
-    demo.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
-    demo.set_defaults(do=_demo)
-
-    run = commands.add_parser(
-        "run", help="run a script with the backend of JOBLIB_BACKEND, or hybrid, as the default one"
-    )
-    run.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
-    run.add_argument("script", metavar="SCRIPT")
-    run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER)
-    run.set_defaults(do=_run)
-
-    info = commands.add_parser("info", help="versions, cores, room for data, variables and tiers")
-    info.add_argument("--json", action="store_true", help="as JSON")
-    info.set_defaults(do=_info)
-
-    checkpoint = commands.add_parser("checkpoint", help="what a checkpoint file holds, and how to make it smaller")
-    verbs = checkpoint.add_subparsers(required=True, metavar="show | prune")
-    show = verbs.add_parser("show", help="entries by function, their times and versions")
-    show.add_argument("path", metavar="PATH")
-    show.add_argument("--json", action="store_true", help="as JSON")
-    show.set_defaults(do=_show_checkpoint)
-    prune = verbs.add_parser(
-        "prune", help="delete damaged entries, and those that all given options are true of; all others stay"
-    )
-    prune.add_argument("path", metavar="PATH")
-    prune.add_argument("--older-than", metavar="DAYS", type=float, help="made more than so many days ago")
-    prune.add_argument("--function", metavar="NAME", help="of the function of that name, as `show` prints it")
-    prune.add_argument("--other-versions-than", metavar="TEXT", help="made with other versions, as `show` prints them")
-    prune.add_argument("--all", action="store_true", help="every entry")
-    prune.set_defaults(do=_prune_checkpoint)
-    return parser
+    options = parser().parse_args(arguments)
+    commands = {"demo": _demo, "run": _run, "info": _info, "show": _show_checkpoint, "prune": _prune_checkpoint}
+    return commands[options.command](options)
 
 
 def _refuse(sentence: str) -> int:
@@ -208,50 +158,46 @@ def _put_on_path(script: str) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    found = _facts()
+    for name in ("numpy", "sklearn"):  # they load BLAS and OpenMP, which are to be told of
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    found = surroundings()
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
     for title, content in found.items():
         print(title)
-        for name, text in content.items():
-            _show(name, str(text))
+        lines = _lines_of(title, content)
+        width = max((len(name) for name, _ in lines), default=0)
+        for name, text in lines:
+            print(f"  {name:<{max(20, width)}}  {text}")
+        if not lines:
+            print("  none")
     return 0
 
 
-def _facts() -> dict[str, dict[str, Any]]:
-    return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}},
-        "machine": {"platform": platform.platform(), "cores available": available_cores(Config())},
-        "room for data": {place: _room(place) for place in _places()},
-        "environment": variables_set(),
-        "tiers": {name: _state_of_tier(name) for name in tier_names() if name != "auto"},
-    }
+def _lines_of(title: str, content: Any) -> list[tuple[str, str]]:
+    """Return the lines of one section, as (name, text)."""
+    if title == "libraries":
+        return [(_library(one), f"{one['num_threads']} threads, {one['filepath']}") for one in content]
+    return [(name, _text_of(name, value)) for name, value in content.items()]
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def _library(found: Mapping[str, Any]) -> str:
+    return f"{found['internal_api']} {found['version'] or ''}".rstrip()
 
 
-def _places() -> list[str]:
-    places = [temp_folder_from_environment(), "/dev/shm", tempfile.gettempdir()]
-    return list(dict.fromkeys(place for place in places if place and os.path.isdir(place)))
-
-
-def _room(place: str) -> str:
-    usage = shutil.disk_usage(place)
-    return f"{readable_nbytes(usage.free)} free of {readable_nbytes(usage.total)}"
-
-
-def _state_of_tier(name: str) -> str:
-    try:
-        load_tier(name)
-    except HybridError as error:
-        return str(error)
-    return "can be used"
+def _text_of(name: str, value: Any) -> str:
+    if isinstance(value, dict) and "words" in value:
+        return str(value["words"])
+    if isinstance(value, dict):
+        refused = "" if value["writable"] else ", not writable"
+        return f"{readable_nbytes(value['free'])} free of {readable_nbytes(value['total'])}{refused}"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return readable_nbytes(value) if name in _NBYTES else str(value)
 
 
 # ---- checkpoint

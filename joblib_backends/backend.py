@@ -259,15 +259,7 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         return (is_apart and self._facts.wants_cluster) or (self.nesting_level or 0) >= _CAPPED_LEVEL
 
     def _observe(self, config: Config, prefer: str | None = None, require: str | None = None) -> Facts:
-        return Facts(
-            config.tier,
-            prefer,
-            require,
-            _reason_for_cluster(config, self.nesting_level),
-            cluster_was_given=config.client is not None or config.scheduler is not None,
-            is_daemonic=is_daemonic(),
-            is_nested=bool(self.nesting_level),
-        )
+        return facts_of(config, self.nesting_level, prefer, require)
 
     # ---- joblib configures, starts and ends
 
@@ -570,6 +562,19 @@ def _in_outer_task(config: Config) -> Config:
 
     outer_task = of_this_thread()
     return config if outer_task is None else dataclasses.replace(config, outer_task=outer_task)
+
+
+def facts_of(config: Config, nesting_level: int | None, prefer: str | None = None, require: str | None = None) -> Facts:
+    """Return what is known of a call before joblib says more of it."""
+    return Facts(
+        config.tier,
+        prefer,
+        require,
+        _reason_for_cluster(config, nesting_level),
+        cluster_was_given=config.client is not None or config.scheduler is not None,
+        is_daemonic=is_daemonic(),
+        is_nested=bool(nesting_level),
+    )
 
 
 def _reason_for_cluster(config: Config, nesting_level: int | None) -> str | None:

@@ -39,6 +39,7 @@ __all__ = [
     "keep_limits",
     "keep_thread_limits",
     "limited",
+    "numerical_libraries",
     "process_wide_limit",
     "resolve_n_jobs",
     "seconds_to_limit",
@@ -190,6 +191,11 @@ class _Libraries:
                 cls._search_s = time.perf_counter() - started
             # Selected first, or the limiter would later put back the kinds that it did not limit, too.
             return cls._controller.select(user_api=list(limits)).limit(limits=dict(limits))
+
+
+def numerical_libraries() -> list[dict[str, Any]]:
+    """Return what threadpoolctl tells of the BLAS and OpenMP libraries that are loaded in this process."""
+    return [] if threadpoolctl is None else list(threadpoolctl.threadpool_info())
 
 
 def seconds_to_limit() -> float:

@@ -39,6 +39,14 @@ _THREAD_VARIABLES: Final = {
     "blas": ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OMP_NUM_THREADS"),
 }
 
+#: Variables of joblib, loky, Dask and the system that say how much may be used, and where.
+_OF_OTHERS: Final = {
+    *(name for names in _THREAD_VARIABLES.values() for name in names),
+    *("OMP_THREAD_LIMIT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "MKL_THREADING_LAYER", "OPENBLAS_CORETYPE"),
+    *("JOBLIB_TEMP_FOLDER", "JOBLIB_MULTIPROCESSING", "JOBLIB_START_METHOD", "LOKY_MAX_CPU_COUNT", "LOKY_MAX_DEPTH"),
+    *("DASK_SCHEDULER_ADDRESS", "DASK_CONFIG", "TMPDIR", "XDG_CACHE_HOME"),
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -171,6 +179,11 @@ def select_backend(name: str) -> None:
 def variables_set() -> dict[str, str]:
     """Return the variables of ours that are set, by name."""
     return {name: text for name, text in sorted(os.environ.items()) if f"{name}_".startswith(f"{PREFIX}_")}
+
+
+def variables_of_others() -> dict[str, str]:
+    """Return the variables of others that are set and matter here, by name."""
+    return {name: os.environ[name] for name in sorted(_OF_OTHERS) if name in os.environ}
 
 
 def environment_of_cluster() -> dict[str, str]:

@@ -10,7 +10,8 @@ import sys
 import joblib
 import pytest
 
-from joblib_backends import ConfigurationError, __main__
+import joblib_backends
+from joblib_backends import ConfigurationError, __main__, surroundings
 from joblib_backends.__main__ import main
 
 LONG = 60
@@ -178,24 +179,115 @@ def test_a_wrong_number_of_jobs_is_one_sentence(tmp_path):
 # ---- info
 
 
+SECTIONS = [
+    *("versions", "machine", "room for data", "libraries", "dask", "environment", "variables of others"),
+    *("defaults", "auto", "tiers"),
+]
+
+
+def told(capsys):
+    """Return what ``info --json`` prints: one object, and nothing else."""
+    assert main(["info", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return json.loads(printed.out)
+
+
 def test_info_says_what_a_bug_report_should(capsys):
     assert __main__.main(["info"]) == 0
     printed = capsys.readouterr().out
-    for word in ("versions", "joblib ", "cores available", "room for data", "environment", "tiers", "processes"):
+    for word in ("joblib ", "joblib-backends ", "cores available", "cores by quota", "processes", *SECTIONS):
         assert word in printed
+    assert re.search(r"^  memory +[0-9.]+ [MGT]B$", printed, re.MULTILINE)
+    assert re.search(r"^  your functions +begins inline, then the cheapest of", printed, re.MULTILINE)
 
 
 def test_info_as_json(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("JOBLIB_BACKEND_TIER", "threads")
     monkeypatch.setenv("JOBLIB_BACKENDS_OF_OTHERS", "hidden")
-    assert __main__.main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["versions", "machine", "room for data", "environment", "tiers"]
+    found = told(capsys)
+    assert list(found) == SECTIONS
     assert found["environment"] == {"JOBLIB_BACKEND_PROFILE": "off", "JOBLIB_BACKEND_TIER": "threads"}
     assert found["machine"]["cores available"] >= 1
+    assert found["machine"]["memory"] >= found["machine"]["free memory"] > 0
     assert found["tiers"]["processes"] == "can be used"
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["versions"]["joblib-backends"] == joblib_backends.__version__
+    assert {one["begins"] for kind, one in found["auto"].items() if kind != "require='sharedmem'"} == {"threads"}
     monkeypatch.undo()
+
+
+def test_info_tells_of_libraries_and_of_what_limits_them(capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = told(capsys)
+    assert found["variables of others"]["OMP_NUM_THREADS"] == "3"
+    assert "blas" in {one["user_api"] for one in found["libraries"]}
+    assert all(one["num_threads"] >= 1 for one in found["libraries"])
+
+
+def test_info_tells_of_room(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path))
+    found = told(capsys)
+    (first, room), *_ = found["room for data"].items()
+    assert first == str(tmp_path)
+    assert 0 < room["free"] <= room["total"]
+    assert room["writable"]
+
+
+# ---- info: what auto would do
+
+
+def test_info_says_what_auto_would_do_and_why(capsys, monkeypatch):
+    monkeypatch.setattr("joblib_backends.outlook.available_cores", lambda config: 4)
+    found = told(capsys)["auto"]
+    assert found["scikit-learn's own"]["tiers"] == ["inline", "threads", "processes"]
+    assert found["your functions"]["tiers"] == ["inline", "processes"]
+    assert "not known to be safe on threads" in found["your functions"]["reason"]
+    assert found["require='sharedmem'"]["tiers"] == ["inline", "threads"]
+    assert found["client=, scheduler="]["begins"] == "dask"
+    assert found["in a Dask client"]["tiers"] == ["inline", "dask"]
+
+
+def test_one_core_is_a_plain_loop(capsys, monkeypatch):
+    monkeypatch.setattr("joblib_backends.outlook.available_cores", lambda config: 1)
+    found = told(capsys)["auto"]
+    assert found["your functions"]["words"] == "inline: there is one core, so n_jobs=-1 is a plain loop of joblib's"
+    assert found["client=, scheduler="]["begins"] == "dask"
+
+
+def test_what_info_foretells_is_what_a_call_does(capsys):
+    found = told(capsys)["auto"]["your functions"]
+    before = joblib_backends.last_report()
+    with joblib.parallel_backend("hybrid", n_jobs=2):
+        joblib.Parallel()(joblib.delayed(len)("ab") for _ in range(2))
+    report = joblib_backends.last_report()
+    assert report is not before
+    assert report.tier == "inline"
+    assert found["begins"] == "inline"
+
+
+def test_info_says_what_is_wrong_in_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("JOBLIB_BACKEND", "hybrid")
+    monkeypatch.setenv("JOBLIB_BACKEND_N_JOBS", "all")
+    monkeypatch.setenv("JOBLIB_BACKEND_TIER", "nonsense")
+    found = told(capsys)
+    assert "JOBLIB_BACKEND_N_JOBS is 'all'" in found["defaults"]["problem"]
+    assert "'nonsense', but must be one of" in found["auto"]["problem"]
+    assert main(["info"]) == 0
+    assert "problem " in capsys.readouterr().out
+    monkeypatch.setenv("JOBLIB_BACKEND_RETRIES", "many")
+    assert "JOBLIB_BACKEND_RETRIES is 'many'" in told(capsys)["auto"]["problem"]
+
+
+def test_info_says_which_backend_programs_get(capsys, monkeypatch):
+    assert told(capsys)["defaults"]["default backend"] == "joblib's own: JOBLIB_BACKEND is not set"
+    monkeypatch.setenv("JOBLIB_BACKEND", "threading")
+    monkeypatch.setenv("JOBLIB_BACKEND_N_JOBS", "-1")
+    found = told(capsys)["defaults"]
+    assert (found["default backend"], found["n_jobs=None means"]) == ("threading", -1)
+
+
+# ---- info: Dask
 
 
 def test_info_says_what_a_tier_lacks(capsys, monkeypatch):
@@ -205,8 +297,76 @@ def test_info_says_what_a_tier_lacks(capsys, monkeypatch):
     assert "pip install 'joblib-backends[dask]'" in json.loads(capsys.readouterr().out)["tiers"]["dask"]
 
 
+def test_info_without_dask(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "joblib_backends.cluster.address", raising=False)
+    monkeypatch.setitem(sys.modules, "dask", None)
+    assert told(capsys)["dask"]["distributed"] == "not installed"
+
+
+@pytest.mark.parametrize(
+    ("variables", "told_of_it"),
+    [
+        ({}, (None, None, "no call, unless a distributed.Client is active or given")),
+        (
+            {"DASK_SCHEDULER_ADDRESS": "tcp://nowhere:1"},
+            ("tcp://nowhere:1", "DASK_SCHEDULER_ADDRESS", "calls with tier='dask'"),
+        ),
+        (
+            {"DASK_SCHEDULER_ADDRESS": "tcp://nowhere:1", "JOBLIB_BACKEND_TIER": "dask"},
+            ("tcp://nowhere:1", "DASK_SCHEDULER_ADDRESS", "every call"),
+        ),
+        (
+            {"JOBLIB_BACKEND_SCHEDULER": "local"},
+            ("local", "scheduler=, or JOBLIB_BACKEND_SCHEDULER", "every call"),
+        ),
+    ],
+)
+def test_info_names_the_scheduler_and_asks_nobody(capsys, monkeypatch, variables, told_of_it):
+    config = pytest.importorskip("dask.config", reason="the extra 'dask' is not installed")
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    configured = {"scheduler-address": variables.get("DASK_SCHEDULER_ADDRESS")}
+    monkeypatch.setattr("distributed.Client.__init__", None)  # to call it would fail
+    monkeypatch.setattr("joblib_backends.cluster.local.LocalCluster.address_for", None)
+    with config.set(configured):
+        found = told(capsys)
+    assert (found["dask"]["scheduler"], found["dask"]["named by"], found["dask"]["used by"]) == told_of_it
+    if "JOBLIB_BACKEND_SCHEDULER" in variables:
+        assert found["auto"]["your functions"]["reason"] == "the Dask scheduler local was given"
+
+
+def test_a_quota_is_the_smallest_around_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(surroundings, "_GROUPS", tmp_path)
+    monkeypatch.setattr(surroundings, "_own_group", lambda: "outer/inner")
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    assert surroundings._quota() is None
+    (tmp_path / "outer" / "inner" / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "outer" / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "cpu.max").write_text("400000 100000\n")
+    assert surroundings._quota() == 1.5
+
+
 def test_a_package_that_is_not_installed_is_no_error():
-    assert __main__._version("no-such-distribution") == "not installed"
+    assert surroundings.version_of("no-such-distribution") == "not installed"
+
+
+# ---- the command line
+
+
+COMMANDS = [[], ["demo"], ["run"], ["info"], ["checkpoint"], ["checkpoint", "show"], ["checkpoint", "prune"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_says_what_a_command_does_how_it_is_called_and_what_it_exits_with(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    shown = capsys.readouterr().out
+    usage, description, *_ = shown.split("\n\n")
+    assert usage.startswith(" ".join(["usage: python -m joblib_backends", *command]))
+    assert len(description) > 100
+    examples, codes = shown.split("\nexamples:\n")[1].split("\nexit codes:\n")
+    assert all(line.lstrip().partition(" joblib_backends ")[1] for line in examples.splitlines() if line)
+    assert "0  " in codes or command == ["run"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["run"]])
@@ -238,7 +398,9 @@ def test_checkpoint_show_says_what_is_in_a_file(checkpoint, capsys):
 
 def test_checkpoint_show_gives_json(checkpoint, capsys):
     assert main(["checkpoint", "show", "--json", str(checkpoint)]) == 0
-    assert json.loads(capsys.readouterr().out)["functions"]["abs"]["entries"] == 8
+    found = json.loads(capsys.readouterr().out)
+    assert found["functions"]["abs"]["entries"] == found["entries"] == 8
+    assert found["oldest"] <= found["newest"]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +415,18 @@ def test_checkpoint_prune_deletes_what_is_asked_for(checkpoint, capsys, options,
 
 
 @pytest.mark.parametrize("verb", ["show", "prune"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys, verb):
+    path = script(tmp_path, "not a checkpoint, whatever its name is\n", "search.ckpt")
+    path.chmod(0o600)
+    assert main(["checkpoint", verb, str(path)]) == 2
+    printed = capsys.readouterr()
+    assert str(path) in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("verb", ["show", "prune"])
 def test_a_checkpoint_that_cannot_be_used_is_refused(tmp_path, capsys, verb):
     assert main(["checkpoint", verb, str(tmp_path / "none")]) == 2
-    assert "there is no such file" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "there is no such file" in printed.err
+    assert printed.out == ""

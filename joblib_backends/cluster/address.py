@@ -6,15 +6,15 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import dask.config
 
-from ..config import Config
+from ..config import Config, variables_of_others
 from ..errors import ClusterUnavailableError, ConfigurationError
 from .local import LocalCluster
 
-__all__ = ["address_of", "is_named"]
+__all__ = ["Named", "address_of", "is_named", "named_scheduler"]
 
 #: What ``scheduler=`` is for a cluster on this machine that is started on request.
 _LOCAL: Final = "local"
@@ -29,6 +29,26 @@ _WRITING_S: Final = 2.0
 def is_named(config: Config) -> bool:
     """Return whether ``config`` names a scheduler, or leaves it to Dask's own configuration, which does."""
     return config.scheduler is not None or (config.tier == "dask" and _configured() is not None)
+
+
+class Named(NamedTuple):
+    """What names the scheduler of calls, if anything does."""
+
+    name: str | None
+    source: str | None
+    used_by: str
+
+
+def named_scheduler(config: Config) -> Named:
+    """Return what names a scheduler; nobody is asked whether it is there, and no cluster is started."""
+    if config.scheduler is not None:
+        return Named(os.fspath(config.scheduler), "scheduler=, or JOBLIB_BACKEND_SCHEDULER", "every call")
+    configured = _configured()
+    if configured is None:
+        return Named(None, None, "no call, unless a distributed.Client is active or given")
+    variable = "DASK_SCHEDULER_ADDRESS"
+    source = variable if variables_of_others().get(variable) == configured else "Dask's configuration"
+    return Named(configured, source, "every call" if config.tier == "dask" else "calls with tier='dask'")
 
 
 def address_of(config: Config, timeout_s: float) -> str:
