@@ -15,15 +15,16 @@ unset JOBLIB_BACKEND "${!JOBLIB_BACKEND_@}"
 # tests of shared fits run alone afterwards: what is not worth sharing on a busy machine is fitted twice.
 suite() { "$python" -m pytest -p no:cacheprovider "$@"; }
 local_faults=(tests/faults/test_local.py tests/faults/test_checkpoint.py)
-with_clusters=(tests/test_s[ckt]*.py tests/test_t*.py tests/test_w*.py)
+with_local=(tests/test_t*.py tests/test_w*.py)
+with_clusters=(tests/test_s[ckt]*.py)
 logs="$(mktemp -d)"
-(set -e; suite "${local_faults[@]}"; "$python" ci/host_suite.py) >"$logs/local" 2>&1 &
+(set -e; suite "${local_faults[@]}" "${with_local[@]}"; "$python" ci/host_suite.py) >"$logs/local" 2>&1 &
 first=$!
 suite tests/faults "${with_clusters[@]}" "${local_faults[@]/#/--ignore=}" >"$logs/clusters" 2>&1 &
 second=$!
 trap 'kill "$first" "$second" 2>/dev/null || :; rm -rf "$logs"' EXIT
 failed=0
-suite tests --ignore=tests/faults --ignore=tests/test_sharing.py "${with_clusters[@]/#/--ignore=}" || failed=1
+suite tests --ignore=tests/faults --ignore=tests/test_sharing.py "${with_local[@]/#/--ignore=}" "${with_clusters[@]/#/--ignore=}" || failed=1
 wait "$first" || failed=1
 wait "$second" || failed=1
 cat "$logs/local" "$logs/clusters"

@@ -104,6 +104,10 @@ _COSTS: Final = {
 }
 _UNKNOWN_COST: Final = _COSTS["dask"]
 
+#: Seconds for each job by which a batch on a cluster should last: the scheduler gives away some 1,200
+#: batches a second, however many workers there are (benchmarks/cluster_size.py).
+_SCHEDULED_S: Final = 1e-3
+
 #: Another tier must promise to finish in this part of the time to be worth a move.
 _WORTH_A_MOVE: Final = 0.87
 
@@ -423,6 +427,8 @@ class CallPlanner:
     def _best_size(self, tier: str, solo_s: float, n_left: int) -> int:
         """Return the size of batches on ``tier`` where ``n_left`` tasks are left, and known to be alike."""
         runs_s = _COSTS.get(tier, _UNKNOWN_COST).batch_runs_s
+        if tier == "dask":
+            runs_s = max(runs_s, self._facts.n_jobs * _SCHEDULED_S)
         size = int(runs_s / solo_s) if solo_s > 0 else 1 << 16
         if tier != "inline":
             size = min(size, n_left // (_PARTS_PER_JOB * self._facts.n_jobs))

@@ -1,5 +1,6 @@
 """The rule that chooses a tier, and the costs that may overrule it: numbers in, decision and reason out."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -428,6 +429,14 @@ def test_batches_of_tiny_tasks_run_long_enough_to_hide_what_they_cost():
     tiers = ("threads", "processes", "dask")
     sizes = {tier: size_after(Facts(tier=tier), *[on(tier, 1e-4, n=500)] * 40) for tier in tiers}
     assert sizes["threads"] < sizes["processes"] < sizes["dask"] <= 0.21 / 1e-4
+
+
+def test_batches_for_a_large_cluster_last_as_long_as_its_scheduler_needs_for_one_of_each_worker():
+    facts = Facts(tier="dask", n_jobs=1000)
+    known = Experience(0.01, 1_000_000, {"dask": 0.01}, {"dask": 1.0})
+    progress = {"n_tasks": 1_000_000, "known": known}
+    assert size_after(facts, *[on("dask", 1 / 128)] * 40, **progress) == 128
+    assert size_after(dataclasses.replace(facts, n_jobs=100), *[on("dask", 1 / 128)] * 40, **progress) == 25
 
 
 def test_the_first_batch_is_one_task_unless_the_kind_is_known():

@@ -191,8 +191,9 @@ class Sender:
 
         No more than those can run at once: what is sent ahead to them could not go to others that have it soon.
         """
-        sent = [ticket for ticket in self._flight.tickets if ticket.is_sent and not ticket.done()]
-        return sum(ticket.workers is not None for ticket in sent)
+        return sum(
+            ticket.workers is not None and ticket.is_sent and not ticket.done() for ticket in self._flight.with_data
+        )
 
     def _send_to(self, workers: frozenset[str] | None, tickets: list[Ticket]) -> None:
         options = self._options if workers is None else {**self._options, "workers": list(workers)}
