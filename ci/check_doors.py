@@ -152,6 +152,7 @@ RULES = (
     ),
     Door("loky", ("workers/process.py",), imports_of("loky", "joblib.externals.loky")),
     # What a Dask worker may be without.
+    Door("tqdm", ("progress.py",), imports_of("tqdm")),
     Door("xxhash", ("data/hashing.py",), imports_of("xxhash")),
     Door("threadpoolctl", ("budget.py", "workers/preparation.py"), imports_of("threadpoolctl")),
     Door(
