@@ -157,7 +157,8 @@ class Pilot:
                 self._facts = dataclasses.replace(self._facts, trusted_on_threads=self._trusts(function))
             self._planner = CallPlanner(self._facts)
             self.plan = self._planner.plan
-            if self.adapts:
+            # On a cluster each batch costs milliseconds: what is known of the tasks says at once how many go together.
+            if self.adapts or self.plan.tier == "dask":
                 kind = kind_of(function, self._facts.n_jobs)
                 if kind.name in _deadly:
                     self._facts = dataclasses.replace(self._facts, kills_workers=True)
@@ -348,7 +349,7 @@ class Pilot:
 
     def end(self, *, failed: bool) -> dict[str, str]:
         """Keep what the call taught; return the reason for the last plan's tier with the numbers of the whole call."""
-        if not self._is_met or not self.adapts:
+        if not self._is_met or not self._kind:
             return {}
         with self._lock:
             learned = self._planner.experience()
@@ -356,6 +357,8 @@ class Pilot:
                 return {}
             if self._profile is not None and not failed:
                 self._profile.learn(self._kind, learned)
+            if not self.adapts:
+                return {}
             workers = self._readiness()
             _Missed.seconds = 0.0 if workers.n_ready else _Missed.seconds + self._planner.missed()
             return {self.plan.tier: self._planner.explain(workers)}

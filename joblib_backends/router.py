@@ -96,7 +96,7 @@ class Router:
         with self._encoding:
             if self._encoder is None:
                 references = tier.references(self._config.scatter)
-                self._encoder = Encoder(self._config, self._scope, references)
+                self._encoder = Encoder(self._config, self._scope, references, tier.repeated_nbytes)
                 self._scatter(tier, [value for value in self._config.scatter if id(value) not in references])
             payload = self._encoder.encode(function, nested)
         self._tally.add_payload(payload.nbytes_placed, payload.nbytes_inband, payload.nbytes_saved)

@@ -263,6 +263,21 @@ def test_max_nbytes_says_from_where_buffers_are_placed(max_nbytes, expected, hyb
         assert moved() == expected
 
 
+def test_on_dask_small_buffers_are_placed_that_come_again(request):
+    hybrid = make_hybrid("dask", request)
+    x, others = np.full(10_000, float(next(_serial))), [np.full(10_000, float(next(_serial))) for _ in range(3)]
+    with hybrid():
+        assert Parallel(batch_size=1)(delayed(total)(one) for one in [x, *others]) == [
+            x.sum(),
+            *(o.sum() for o in others),
+        ]
+        assert moved() == 0
+        assert Parallel(batch_size=1)(delayed(total)(x) for _ in range(4)) == [x.sum()] * 4
+        assert (moved(), last_report().nbytes_saved) == (x.nbytes, 2 * x.nbytes)
+        Parallel(batch_size=1)(delayed(total)(x) for _ in range(4))
+        assert (moved(), last_report().nbytes_saved) == (0, 4 * x.nbytes)
+
+
 @pytest.mark.parametrize("where", ["context", "call"])
 def test_temp_folder_takes_the_files(where, hybrid, tmp_path):
     in_context, in_call = ({"temp_folder": str(tmp_path)} if where == place else {} for place in ("context", "call"))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import pickle
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -77,6 +78,9 @@ class Payload:
         return (*self.wire[:3], share, self.wire[4])
 
 
+#: Small buffers that are remembered, to be placed when they come again; each is 16 bytes.
+_MOST_SEEN: Final = 10_000
+
 #: In the place of a share that is decided when the batch starts.
 _NO_SHARE: Final = Share(None, {})
 
@@ -92,10 +96,17 @@ class Encoder:
         What keeps placed buffers.
     references : mapping of int to RemoteReference, optional
         What to send in the place of an argument, by its ``id``; the caller keeps the arguments alive.
+    repeated_nbytes : int, optional
+        Bytes from which buffers are placed as well when they come for the second time, unless the user has said from
+        where on they are.
     """
 
     def __init__(
-        self, config: Config, scope: ResidentScope, references: Mapping[int, RemoteReference] | None = None
+        self,
+        config: Config,
+        scope: ResidentScope,
+        references: Mapping[int, RemoteReference] | None = None,
+        repeated_nbytes: int | None = None,
     ) -> None:
         self._config = config
         self._scope = scope
@@ -103,6 +114,8 @@ class Encoder:
         self._shared = config.mmap_mode in ("r+", "w+")
         self._shared_residents: dict[tuple[int, int], tuple[weakref.ref[Any], Resident]] = {}
         self._scattered = {id(value) for value in config.scatter}
+        self._repeated_from = repeated_nbytes if config.max_nbytes == Config.max_nbytes else None
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
         # Files of the user's that some worker does not have.
         self._not_there: set[str] = set()
         self._initializer = pickle_initializer(config)
@@ -205,6 +218,18 @@ class Encoder:
         root = root_owner(owner)
         self._scope.hold(resident, address, root if owns_all(root, buffer.nbytes) else None)
         return resident, 0, placed
+
+    def comes_again(self, buffer: memoryview) -> bool:
+        """Return whether a buffer is to be placed although it is small: its content was sent before."""
+        if self._repeated_from is None or buffer.nbytes < self._repeated_from or self._shared:
+            return False
+        digest = digest_of(buffer)
+        if digest in self._seen:
+            return True
+        self._seen[digest] = None
+        if len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return False
 
     def is_resident(self, low: int, high: int) -> bool:
         """Return whether the memory between two addresses was placed as a whole, or must be to be shared."""
@@ -370,7 +395,8 @@ class _Pickling:
     def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Called by pickle for each buffer; False takes it out of the pickle."""
         raw = buffer.raw()
-        any_size = self._min_nbytes is not None and raw.nbytes >= self._min_nbytes
+        min_nbytes = self._min_nbytes
+        any_size = min_nbytes is not None and (raw.nbytes >= min_nbytes or self._encoder.comes_again(raw))
         found = self._encoder.place(raw, memoryview(buffer).obj, any_size=any_size) if raw.nbytes else None
         if found is None:
             return True

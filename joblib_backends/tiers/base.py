@@ -96,6 +96,10 @@ class Tier(ABC):
     #: the network. A ``pre_dispatch`` that the user gave is never changed.
     pre_dispatch_per_job: ClassVar[int | None] = None
 
+    #: Bytes from which buffers are placed that several tasks have, where ``max_nbytes`` was left as it is: where bytes
+    #: travel far, less than that pays.
+    repeated_nbytes: ClassVar[int | None] = None
+
     @classmethod
     @abstractmethod
     def capacity(cls, config: Config) -> int:

@@ -33,12 +33,18 @@ __all__ = ["DaskTier"]
 _BATCHES_PER_JOB: Final = 10
 
 
+#: Bytes from which buffers go to each host once if several tasks have them. In a batch they pass the client, the
+#: scheduler and a worker, each time in new memory.
+_REPEATED_NBYTES: Final = 1 << 16
+
+
 class DaskTier(Tier):
     """The batches of one call on a Dask cluster."""
 
     name = "dask"
     shares_memory = False
     pre_dispatch_per_job = _BATCHES_PER_JOB
+    repeated_nbytes = _REPEATED_NBYTES
 
     @classmethod
     def capacity(cls, config: Config) -> int:
