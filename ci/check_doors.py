@@ -173,7 +173,7 @@ RULES = (
     ),
     # What a worker takes over from its parent is the environment itself, not what it says about us.
     Door("the environment", ("config.py", "workers/preparation.py"), environment_access),
-    Door("printing", ("report.py", "__main__.py"), printing),
+    Door("printing", ("report.py", "progress.py", "__main__.py"), printing),
 )
 
 

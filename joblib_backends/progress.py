@@ -1,7 +1,7 @@
 """The progress bar of an outermost call: tqdm draws what the call counts.
 
-Whoever completes batches draws, at most ten times a second: the calling thread, or a thread of the crew. A call whose
-code tells of its progress itself gets no bar: joblib's and scikit-learn's ``verbose`` print lines, which a bar would tear
+Whoever completes batches draws, at most ten times a second: the calling thread, or a thread of the crew. A call that
+tells of its progress itself gets no bar: joblib's and scikit-learn's ``verbose`` print lines, which a bar would tear
 apart, and scikit-learn's callbacks draw bars of their own.
 """
 
@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
+from .data.codec import describe
 from .errors import MissingDependencyError
 from .report import Tally
 from .sharing import sklearn_inside
-from .worker import describe
 
 __all__ = ["Progress"]
 
@@ -27,7 +27,9 @@ _DRAW_EVERY_S: Final = 0.1
 _WRITE_EVERY_S: Final = 10.0
 
 #: What tqdm draws; the bar of a call whose length is not known has no end, and no time left.
-_KNOWN: Final = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_KNOWN: Final = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+)
 
 
 class Progress:

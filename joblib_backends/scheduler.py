@@ -394,7 +394,8 @@ class Call:
             if self._checkpoint is not None:
                 self._checkpoint.end(failed=failed)
             if self._shown is not None:
-                self._shown.end(*self._known())
+                n_tasks, n_shared = self._known()
+                self._shown.end(n_tasks if failed else self._n_submitted_tasks, n_shared)
             if self._config.outer_task is not None and not failed:
                 # Who fails does not wait for tasks that nobody needs any more.
                 self._config.outer_task.take_slot()

@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 
@@ -162,6 +163,7 @@ def test_true_is_silent_where_nobody_looks():
 
 def test_true_draws_on_a_terminal():
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))
     try:
         process = subprocess.Popen([sys.executable, "-c", script(True)], stderr=theirs)
         os.close(theirs)
