@@ -152,6 +152,7 @@ RULES = (
     ),
     Door("loky", ("workers/process.py",), imports_of("loky", "joblib.externals.loky")),
     # What a Dask worker may be without.
+    Door("tqdm", ("progress.py",), imports_of("tqdm")),
     Door("xxhash", ("data/hashing.py",), imports_of("xxhash")),
     Door("threadpoolctl", ("budget.py", "workers/preparation.py"), imports_of("threadpoolctl")),
     Door(
@@ -172,7 +173,7 @@ RULES = (
     ),
     # What a worker takes over from its parent is the environment itself, not what it says about us.
     Door("the environment", ("config.py", "workers/preparation.py"), environment_access),
-    Door("printing", ("report.py", "__main__.py"), printing),
+    Door("printing", ("report.py", "progress.py", "__main__.py"), printing),
 )
 
 

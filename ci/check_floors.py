@@ -82,7 +82,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint/identity.py",),
     ("checkpoint/call.py",),
     ("batches.py",),
-    ("labels.py",),
+    ("labels.py", "progress.py"),
     ("recovery.py", "completer.py", "opening.py", "allotment.py"),
     ("rescue.py",),
     ("randomness.py",),

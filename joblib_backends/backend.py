@@ -34,13 +34,14 @@ from .errors import ClusterUnavailableError, ConfigurationError
 from .pilot import Pilot
 from .profile import Profile
 from .recovery import warn
-from .report import record
+from .report import Tally, record
 from .rules import Facts, choose_tier
 from .scheduler import Call
 from .tiers import load_tier, tier_names
 
 if TYPE_CHECKING:
     from .checkpoint.call import CallCheckpoint
+    from .progress import Progress
 
 __all__ = ["HybridBackend"]
 
@@ -123,6 +124,10 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
     share_fits_nbytes : int or str, optional
         Bytes that results of such steps may take at a time, as files in shared memory. By default a tenth of the
         machine's memory.
+    progress : bool or "always", default=False
+        Whether each outermost call shows a bar on standard error: what runs, how much of it is done, and how long the
+        rest will take. True shows it in a terminal or a notebook, "always" writes it to files, too. There is none for
+        calls with `verbose`, which print lines, with scikit-learn's callbacks, which draw their own, or ``n_jobs=1``.
     temp_folder, max_nbytes, mmap_mode
         As in :class:`joblib.Parallel`, which passes its own with every call. With the default mode "r" (and "c")
         each task sees a private, writable copy-on-write view; "r+" and "w+" share one writable copy among the
@@ -385,7 +390,17 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             take_more=functools.partial(_take_more, self._parallel_ref),
             dispatch_next=functools.partial(_dispatch_next, self._parallel_ref),
             checkpoint=self._open_checkpoint(),
+            progress=self._progress_of_call(),
         )
+
+    def _progress_of_call(self) -> Callable[[Tally], Progress] | None:
+        # Calls inside a task are part of it; and where lines are printed, these tell.
+        when, parallel = self._call_config.progress, self.parallel
+        if not when or self.nesting_level or parallel.verbose:
+            return None
+        from .progress import Progress
+
+        return functools.partial(Progress, when, n_tasks=parallel.n_tasks)
 
     def _open_checkpoint(self) -> CallCheckpoint | None:
         # Calls inside a task are part of it.

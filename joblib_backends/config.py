@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from .errors import ConfigurationError
 
@@ -52,7 +52,7 @@ _OF_OTHERS: Final = {
 class Config:
     """Parameters of one backend, or of one call of it.
 
-    Every field up to ``share_fits_nbytes`` is a keyword of :class:`joblib_backends.HybridBackend`;
+    Every field up to ``progress`` is a keyword of :class:`joblib_backends.HybridBackend`;
     the last group arrives from :class:`joblib.Parallel` with each call.
     """
 
@@ -99,6 +99,9 @@ class Config:
 
     #: Bytes that the results of such steps may take at a time; None is a tenth of the machine's memory.
     share_fits_nbytes: int | None = None
+
+    #: Whether calls show a bar: in terminals and notebooks, or "always".
+    progress: bool | Literal["always"] = False
 
     #: Bytes from which a buffer leaves the pickle and is placed once; None never does. joblib's default.
     max_nbytes: int | None = 1_048_576
@@ -246,6 +249,10 @@ def _yes_or_no(text: str) -> bool:
     return text.lower() in _YES
 
 
+def _progress(text: str) -> bool | str:
+    return text.lower() if text.lower() == "always" else _yes_or_no(text)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -270,6 +277,7 @@ _READERS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "fallback": (_yes_or_no, "1 or 0"),
     "checkpoint": (str, "the path of a file"),
     "share_fits": (_yes_or_no, "1 or 0"),
+    "progress": (_progress, "1, 0 or always"),
     "share_fits_nbytes": (_whole_number, "a number of bytes"),
 }
 _NOT_PARAMETERS: Final = frozenset({"N_JOBS", "PROFILE", "QUIET"})
@@ -444,6 +452,8 @@ def _check_recovery(config: Config) -> None:
         raise ConfigurationError(f"retries is {retries!r}, but must be a whole number of at least 0.")
     if not isinstance(config.fallback, bool):
         raise ConfigurationError(f"fallback is {config.fallback!r}, but must be True or False.")
+    if not isinstance(config.progress, bool) and config.progress != "always":
+        raise ConfigurationError(f"progress is {config.progress!r}, but must be True, False or 'always'.")
     if config.security is not None and not hasattr(config.security, "get_connection_args"):
         raise ConfigurationError(
             f"security is {config.security!r}, but must be a distributed.Security: give the paths of the certificates "

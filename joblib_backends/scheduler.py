@@ -71,6 +71,7 @@ __all__ = ["Call"]
 if TYPE_CHECKING:
     # SQLite takes 3 ms to import, which only calls with a checkpoint pay.
     from .checkpoint.call import CallCheckpoint
+    from .progress import Progress
 
 
 class Call:
@@ -100,6 +101,8 @@ class Call:
         The same where the user has fixed how much of the input may exist at a time.
     checkpoint : CallCheckpoint, optional
         Where finished tasks are kept, and looked for before they run.
+    progress : callable, optional
+        Returns what shows the progress of the call, from what is counted.
 
     Notes
     -----
@@ -122,6 +125,7 @@ class Call:
         take_more: Callable[[], bool] = lambda: False,
         dispatch_next: Callable[[], bool] = lambda: False,
         checkpoint: CallCheckpoint | None = None,
+        progress: Callable[[Tally], Progress] | None = None,
     ) -> None:
         self._config = config
         self._n_jobs = n_jobs
@@ -133,6 +137,7 @@ class Call:
         self._checkpoint = checkpoint
         self._n_submitted_tasks = 0
         self._tally = Tally(n_jobs)
+        self._shown = None if progress is None else progress(self._tally)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
         self._lock = threading.Lock()
@@ -171,6 +176,8 @@ class Call:
             self._unfinished.add(future)
             self._n_pending_tasks += future.size
             self._n_submitted_tasks += future.size
+        if self._shown is not None and not batch.first_task:
+            self._shown.meet(batch.items)
         try:
             pieces = self._to_run(batch)
         except BaseException as error:
@@ -188,6 +195,7 @@ class Call:
             known = self._checkpoint.recall(batch.keys)
             if known:
                 self._tally.add_restored(len(known), task_names(batch.function))
+                self._show()
             if len(known) == batch.size:
                 results = [known[place] for place in range(batch.size)]
                 self._enqueue(batch, functools.partial(_same, Outcome(results, None)))
@@ -385,6 +393,9 @@ class Call:
                     self._sharing.close()
             if self._checkpoint is not None:
                 self._checkpoint.end(failed=failed)
+            if self._shown is not None:
+                n_tasks, n_shared = self._known()
+                self._shown.end(n_tasks if failed else self._n_submitted_tasks, n_shared)
             if self._config.outer_task is not None and not failed:
                 # Who fails does not wait for tasks that nobody needs any more.
                 self._config.outer_task.take_slot()
@@ -619,9 +630,19 @@ class Call:
             return
         succeeded = outcome.error is None
         self._tally.add_end(batch.size, outcome.spent.wall, succeeded=succeeded)
+        self._show()
         if succeeded and outcome.spent.wall:
             size, busy_s, together = batch.size, self._queue.busy_seconds(), batch.n_together
             self._pilot.observe(batch.plan.tier, size, outcome.spent, busy_s, together, is_mixed=batch.is_mixed)
+
+    def _show(self) -> None:
+        if self._shown is not None:
+            self._shown.look(*self._known())
+
+    def _known(self) -> tuple[int | None, int]:
+        """Return the number of tasks, once the input has ended, and how many fits were not necessary."""
+        n_tasks = None if self._more_to_come(self._caller_came) else self._n_submitted_tasks
+        return n_tasks, 0 if self._sharing is None else self._sharing.counts.fits_shared
 
     # ---- called by the rescue, too
 

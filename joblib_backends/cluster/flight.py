@@ -84,6 +84,10 @@ class Flight:
         """The batches that are on the cluster, or wait for their data to be."""
         return list(self._tickets.values())
 
+    def has_batches_for_each_slot(self, n: int) -> bool:
+        """Return whether there are so many batches on the cluster for each that can run at once."""
+        return len(self._tickets) >= n * sum(self.nthreads.values()) > 0
+
     @property
     def limited(self) -> list[Ticket]:
         """Those of the batches that may not run for ever."""

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FunctionType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..thread_safety import innermost, root_package
 
@@ -43,6 +43,7 @@ __all__ = [
     "is_plain_pipeline",
     "is_seeded",
     "parts_of",
+    "search_of",
     "transformers_of",
     "transforms_metadata",
     "unfitted_parts_of",
@@ -177,6 +178,25 @@ def estimator_of(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     """Return the estimator that a task is about, in scikit-learn's own functions the first argument; None without."""
     first = args[0] if args else kwargs.get("estimator")
     return first if hasattr(type(first), "get_params") else None
+
+
+class Search(NamedTuple):
+    """What a task says of the search that it belongs to."""
+
+    #: The search; None if the version of scikit-learn does not tell, or it is a cross-validation.
+    caller: Any
+    #: Candidates times folds; None where nobody counts them.
+    n_fits: int | None
+
+
+def search_of(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Search | None:
+    """Return the search, or cross-validation, of a task; None if it is no task of one."""
+    if not is_fit_and_score(callee):
+        return None
+    given = arguments_of(callee, args, kwargs)
+    places = [given.get(name) for name in ("split_progress", "candidate_progress")]
+    n_fits = None if None in places else places[0][1] * places[1][1]  # type: ignore[index]
+    return Search(given.get("caller"), n_fits)
 
 
 def failed_result(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: BaseException) -> Any | None:
