@@ -124,6 +124,7 @@ WRONG = {
     "fallback": ["yes", 1, 0],
     "security": ["certificate.pem", 3],
     "checkpoint": [3, b"/tmp/a"],
+    "progress": ["yes", 1, 0, "Always"],
     "share_fits": ["yes", 1, 0],
     "share_fits_nbytes": [-1, "ten", 1.5, True],
     "max_nbytes": [-1, "ten", "10X", "", True],
@@ -143,7 +144,9 @@ def test_a_wrong_value_is_refused_by_name(name, value):
 def test_every_parameter_has_a_row_above():
     import dataclasses
 
-    assert {field.name for field in dataclasses.fields(joblib_backends.config.Config)} - {"cores"} == set(WRONG)
+    # Those two are set for calls in tasks, and no parameters.
+    of_calls = {"cores", "outer_task"}
+    assert {field.name for field in dataclasses.fields(joblib_backends.config.Config)} - of_calls == set(WRONG)
 
 
 def test_an_unknown_tier_is_refused_with_the_known_ones():

@@ -28,8 +28,14 @@ def tier(request):
 
 
 @pytest.fixture
-def hybrid(tier, request):
+def hybrid_on(tier, request):
+    """Return the factory of contexts on each tier."""
     return make_hybrid(tier, request)
+
+
+@pytest.fixture
+def hybrid(request):
+    return make_hybrid("threads", request)
 
 
 def square(i):
@@ -41,8 +47,8 @@ def last_line(text):
     return re.split(r"[\r\n]+", text.strip())[-1]
 
 
-def test_a_search_shows_what_it_is_how_many_fits_it_has_and_where_they_run(hybrid, tier, capfd):
-    with hybrid(progress="always"):
+def test_a_search_shows_what_it_is_how_many_fits_it_has_and_where_they_run(hybrid_on, tier, capfd):
+    with hybrid_on(progress="always"):
         GridSearchCV(DecisionTreeClassifier(), {"max_depth": [1, 2, 3, 4]}, cv=3, n_jobs=2).fit(X, Y)
     line = last_line(capfd.readouterr().err)
     assert re.match(r"GridSearchCV: 100%\|.*\| 12/12 fits \[.*\]$", line)
@@ -66,8 +72,8 @@ def test_what_has_a_length_shows_it_and_a_generator_when_it_has_ended(hybrid, ca
 
 
 @pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
-def test_generators_of_results(hybrid, capfd, return_as):
-    with hybrid(progress="always"):
+def test_generators_of_results(hybrid_on, capfd, return_as):
+    with hybrid_on(progress="always"):
         results = Parallel(batch_size=1, return_as=return_as)(delayed(square)(i) for i in range(9))
         assert sorted(results) == [i * i for i in range(9)]
     assert "9/9 tasks" in last_line(capfd.readouterr().err)
@@ -83,8 +89,8 @@ def squares(n):
     return Parallel(n_jobs=2)(delayed(square)(i) for i in range(n))
 
 
-def test_calls_in_tasks_draw_nothing(hybrid, capfd):
-    with hybrid(progress="always"):
+def test_calls_in_tasks_draw_nothing(hybrid_on, capfd):
+    with hybrid_on(progress="always"):
         Parallel(batch_size=1)(delayed(squares)(5) for _ in range(4))
     text = capfd.readouterr().err
     assert "4/4 tasks" in last_line(text)

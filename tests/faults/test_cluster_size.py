@@ -1,4 +1,4 @@
-"""A call of thousands of batches on a real scheduler with fifty workers: all of them work, and nothing stays there."""
+"""A call of thousands of batches on a real scheduler with thirty workers: all of them work, and nothing stays there."""
 
 import threading
 
@@ -11,8 +11,8 @@ distributed = pytest.importorskip("distributed", reason="the extra 'dask' is not
 import dask  # noqa: E402
 from distributed.diagnostics.plugin import SchedulerPlugin  # noqa: E402
 
-N_WORKERS = 50
-N_TASKS = 1_500
+N_WORKERS = 30
+N_TASKS = 900
 
 #: As tiers/dask.py says: one that runs and nine on their way, for each job.
 MOST_IN_FLIGHT = 10 * N_WORKERS
@@ -48,7 +48,7 @@ class InFlight(SchedulerPlugin):
 @pytest.fixture
 def cluster():
     """Return a cluster in one event loop of this process, which speaks TCP."""
-    # What each worker does a hundred times a second for itself; fifty of those in one process would do little else.
+    # What each worker does a hundred times a second for itself; thirty of those in one process would do little else.
     quiet = {"distributed.worker.profile.enabled": False, "distributed.admin.system-monitor.interval": "60s"}
     options = {"processes": False, "protocol": "tcp", "threads_per_worker": 1, "memory_limit": 0}
     with (
