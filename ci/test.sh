@@ -7,10 +7,8 @@ python="${1:-python}"
 # The suite sets these itself where it tests them.
 unset JOBLIB_BACKEND "${!JOBLIB_BACKEND_@}"
 
-"$python" -m ruff check .
-"$python" -m mypy
-"$python" ci/check_floors.py
-"$python" ci/check_doors.py
+# They run beside the tests: mypy alone takes half a minute.
+checks() { "$python" -m ruff check . && "$python" -m mypy && "$python" ci/check_floors.py && "$python" ci/check_doors.py; }
 # Three parts of the suite side by side: mostly they wait, for processes that start and for clusters that notice. The
 # tests of shared fits run alone afterwards: what is not worth sharing on a busy machine is fitted twice.
 suite() { "$python" -m pytest -p no:cacheprovider "$@"; }
@@ -18,7 +16,7 @@ local_faults=(tests/faults/test_local.py tests/faults/test_checkpoint.py)
 with_local=(tests/test_t*.py tests/test_w*.py)
 with_clusters=(tests/test_s[ckt]*.py)
 logs="$(mktemp -d)"
-(set -e; suite "${local_faults[@]}" "${with_local[@]}"; "$python" ci/host_suite.py) >"$logs/local" 2>&1 &
+(set -e; checks; suite "${local_faults[@]}" "${with_local[@]}"; "$python" ci/host_suite.py) >"$logs/local" 2>&1 &
 first=$!
 suite tests/faults "${with_clusters[@]}" "${local_faults[@]/#/--ignore=}" >"$logs/clusters" 2>&1 &
 second=$!
