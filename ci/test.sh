@@ -13,8 +13,8 @@ checks() { "$python" -m ruff check . && "$python" -m mypy && "$python" ci/check_
 # tests of shared fits run alone afterwards: what is not worth sharing on a busy machine is fitted twice.
 suite() { "$python" -m pytest -p no:cacheprovider "$@"; }
 local_faults=(tests/faults/test_local.py tests/faults/test_checkpoint.py)
-with_local=(tests/test_t*.py tests/test_w*.py)
-with_clusters=(tests/test_s[ckt]*.py)
+with_local=(tests/test_[mptw]*.py tests/test_s[ct]*.py)
+with_clusters=(tests/test_sk*.py)
 logs="$(mktemp -d)"
 (set -e; checks; suite "${local_faults[@]}" "${with_local[@]}"; "$python" ci/host_suite.py) >"$logs/local" 2>&1 &
 first=$!
