@@ -84,9 +84,9 @@ class Flight:
         """The batches that are on the cluster, or wait for their data to be."""
         return list(self._tickets.values())
 
-    def has_batches_for_each_slot(self, n: int) -> bool:
-        """Return whether there are so many batches on the cluster for each that can run at once."""
-        return len(self._tickets) >= n * sum(self.nthreads.values()) > 0
+    def has_batches(self, n: int, *, for_each_slot: int) -> bool:
+        """Return whether there are so many batches on the cluster, in all and for each that can run at once."""
+        return len(self._tickets) >= max(n, for_each_slot * sum(self.nthreads.values()))
 
     @property
     def limited(self) -> list[Ticket]:
