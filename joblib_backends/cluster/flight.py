@@ -147,8 +147,9 @@ class Flight:
         """Complete a batch, after what scikit-learn's callbacks have said in it."""
         self.drop(ticket)
         if ticket.dask_future is not None:
-            self._spent_since = min(self._spent_since, time.monotonic())
+            # In this order: what the other thread releases in between must not leave one behind that nobody looks for.
             self._spent.append(ticket.dask_future)
+            self._spent_since = min(self._spent_since, time.monotonic())
         self.relay.after_messages(functools.partial(ticket.end, outcome, error))
         if ticket.workers is not None:
             self.outbox.put(CHANGED)
