@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "joblib_backends"
 
 #: From the ground up. Files on one line share a floor and may not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("version.py",),
+    ("version.py", "timeline/__init__.py", "timeline/model.py"),
     ("errors.py",),
     ("config.py",),
     ("crew.py", "memory.py"),
