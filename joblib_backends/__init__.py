@@ -25,7 +25,7 @@ from .errors import (
     TaskTimeoutError,
     WorkerLostError,
 )
-from .report import CallReport, last_report
+from .report import CallReport, last_report, reports
 from .thread_safety import thread_safe
 from .tiers import register_tier
 from .version import version as _version
@@ -44,6 +44,7 @@ __all__ = [
     "WorkerLostError",
     "last_report",
     "register_tier",
+    "reports",
     "thread_safe",
 ]
 

@@ -1,8 +1,8 @@
-"""``python -m joblib_backends demo | run SCRIPT [ARGS...] | info | checkpoint show|prune PATH``.
+"""``python -m joblib_backends demo | run SCRIPT [ARGS...] | info | report PATH | checkpoint show|prune PATH``.
 
 ``demo`` shows a grid search alone and under hybrid, ``run`` runs an unmodified script where ``.pth`` files are not
-read (``python -S``, an embedded interpreter), ``info`` says what a bug report should say, ``checkpoint`` shows what is
-kept in a file, and deletes what is not needed any more.
+read (``python -S``, an embedded interpreter), ``info`` says what a bug report should say, ``report`` what the calls in
+a trace file did, ``checkpoint`` shows what is kept in a file, and deletes what is not needed any more.
 
 Exit codes: what the script of ``run`` exits with; 1 if the results of ``demo`` differ; 2 for a wrong command line, what
 cannot be started, or a file that cannot be used; else 0. ``--help`` of each command says its own.
@@ -20,6 +20,7 @@ import runpy
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import joblib
@@ -28,8 +29,10 @@ from .activation import activate
 from .command_line import parser
 from .config import select_backend
 from .errors import HybridError
-from .report import last_report, readable_nbytes
+from .report import CallReport, last_report
 from .surroundings import surroundings
+from .timeline.chrome import calls_in
+from .wording import readable_nbytes
 
 __all__ = ["main"]
 
@@ -48,7 +51,14 @@ _SMALL_GRID: Final[dict[str, list[Any]]] = {"pca__n_components": [8, 16], "svc__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks and return the exit code."""
     options = parser().parse_args(arguments)
-    commands = {"demo": _demo, "run": _run, "info": _info, "show": _show_checkpoint, "prune": _prune_checkpoint}
+    commands = {
+        "demo": _demo,
+        "run": _run,
+        "info": _info,
+        "report": _report,
+        "show": _show_checkpoint,
+        "prune": _prune_checkpoint,
+    }
     return commands[options.command](options)
 
 
@@ -198,6 +208,33 @@ def _text_of(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return readable_nbytes(value) if name in _NBYTES else str(value)
+
+
+# ---- report
+
+
+def _report(options: argparse.Namespace) -> int:
+    path = options.path
+    try:
+        calls = [CallReport.from_dict(*call) for call in calls_in(Path(path).read_text(encoding="utf-8"))]
+    except OSError as error:
+        return _refuse(f"The trace {path!r} cannot be read: {error.strerror or error}.")
+    except (ValueError, KeyError, TypeError) as error:
+        return _refuse(f"{path!r} is no trace of this package, as trace= writes them: {error}.")
+    if options.call is not None:
+        if not 1 <= options.call <= len(calls):
+            return _refuse(f"There is no call {options.call} in {path!r}: it has {len(calls)}, counted from 1.")
+        calls = [calls[options.call - 1]]
+    if options.html is not None:
+        try:
+            calls[-1].save(options.html)
+        except (OSError, HybridError) as error:
+            return _refuse(f"The page cannot be written. {error}")
+    if options.json:
+        print(json.dumps([call.to_dict() for call in calls], indent=2))
+    else:
+        print("\n\n".join(map(str, calls)))
+    return 0
 
 
 # ---- checkpoint

@@ -15,9 +15,11 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import logging
 import os
 import queue
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -30,20 +32,24 @@ from .batches import BatchFuture, Callback
 from .budget import available_cores, cores_per_task, is_daemonic, resolve_n_jobs
 from .config import Config
 from .context import Context
-from .errors import ClusterUnavailableError, ConfigurationError
+from .errors import ClusterUnavailableError, ConfigurationError, EnvironmentWarning
 from .pilot import Pilot
 from .profile import Profile
 from .recovery import warn
-from .report import Tally, record
+from .report import CallReport, record
 from .rules import Facts, choose_tier
 from .scheduler import Call
+from .tally import Tally
 from .tiers import load_tier, tier_names
+from .timeline.model import Timeline
 
 if TYPE_CHECKING:
     from .checkpoint.call import CallCheckpoint
     from .progress import Progress
 
 __all__ = ["HybridBackend"]
+
+_log = logging.getLogger(__name__)
 
 #: What joblib passes to every backend and this one has no use for.
 _IGNORED_KEYWORDS: Final = ("context", "verbose")
@@ -128,6 +134,13 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         Whether each outermost call shows a bar on standard error: what runs, how much of it is done, and how long the
         rest will take. True shows it in a terminal or a notebook, "always" writes it to files, too. There is none for
         calls with `verbose`, which print lines, with scikit-learn's callbacks, which draw their own, or ``n_jobs=1``.
+    record : bool, default=True
+        Whether the batches of each outermost call are recorded, so that ``last_report().save("run.html")`` can show
+        who did what and when. It takes 0.5 kB for each, of the last 200,000, and some microseconds.
+    trace : str or path, optional
+        File to which each outermost call of the process is added when it ends, in the Chrome trace-event format:
+        https://ui.perfetto.dev shows it, ``python -m joblib_backends report`` prints it and makes pages of it. The
+        first call of a process replaces what is there.
     temp_folder, max_nbytes, mmap_mode
         As in :class:`joblib.Parallel`, which passes its own with every call. With the default mode "r" (and "c")
         each task sees a private, writable copy-on-write view; "r+" and "w+" share one writable copy among the
@@ -391,6 +404,8 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             dispatch_next=functools.partial(_dispatch_next, self._parallel_ref),
             checkpoint=self._open_checkpoint(),
             progress=self._progress_of_call(),
+            # Calls inside a task are part of it.
+            records=not self.nesting_level and (config.record or config.trace is not None),
         )
 
     def _progress_of_call(self) -> Callable[[Tally], Progress] | None:
@@ -429,6 +444,22 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
             self._call = None
             if not self.nesting_level:
                 record(report)
+                self._trace(report)
+
+    def _trace(self, report: CallReport) -> None:
+        path = self._call_config.trace
+        if path is None:
+            return
+        from .timeline.trace_file import TraceFile
+
+        try:
+            written = TraceFile.add(path, report.to_dict(), report.timeline or Timeline())
+            _log.debug("The call of %s was added to the trace %s", report.function, written)
+        except OSError as error:
+            # A call that is done is not lost over its picture.
+            warnings.warn(
+                f"The trace {os.fspath(path)!r} cannot be written: {error}.", EnvironmentWarning, stacklevel=2
+            )
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """Give up the call; the next ``start_call`` opens another, with the same settings."""

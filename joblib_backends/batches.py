@@ -86,7 +86,7 @@ class Batch:
     __slots__ = (
         "first_task", "function", "future", "is_alone", "is_mixed", "keys", "n_lost", "n_replaced", "n_together",
         "n_tried", "nested", "parts", "payload", "plan", "positions", "prefixes", "runs", "size", "started", "steps",
-        "tier",
+        "submitted", "tier",
     )  # fmt: skip
 
     def __init__(
@@ -122,6 +122,8 @@ class Batch:
         self.tier: Tier | None = None
         self.plan: Plan | None = None
         self.payload: Payload | None = None
+        # When joblib handed it over, and when a tier got it.
+        self.submitted = time.perf_counter()
         self.started = 0.0
         # How many ran when it ended, and whether anything ran on another tier since it was started.
         self.n_together = 1
@@ -141,7 +143,7 @@ class Batch:
             function.items = [items[place] for place in group]
             positions = [self.positions[place] for place in group]
             piece = Batch(self.future, function, self.nested, self.first_task, parts, positions)
-            piece.n_lost, piece.n_tried = self.n_lost, self.n_tried
+            piece.n_lost, piece.n_tried, piece.submitted = self.n_lost, self.n_tried, self.submitted
             if self.keys:
                 piece.keys = [self.keys[place] for place in group]
             if self.steps:

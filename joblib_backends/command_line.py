@@ -16,7 +16,7 @@ _CHECKPOINT_CODES: Final = ("0  done", "2  PATH is not there, is no checkpoint, 
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser; the options that it returns have ``command``: demo, run, info, show or prune."""
+    """Return the parser; the options that it returns have ``command``: demo, run, info, report, show or prune."""
     whole = _described(
         argparse.ArgumentParser(prog="python -m joblib_backends"),
         "The joblib backend 'hybrid' runs code with n_jobs (scikit-learn's, or your own with joblib.Parallel) on "
@@ -29,10 +29,11 @@ def parser() -> argparse.ArgumentParser:
             "2  a wrong command line, something that cannot be started, or a file that cannot be used",
         ),
     )
-    commands = whole.add_subparsers(required=True, metavar="demo | run | info | checkpoint")
+    commands = whole.add_subparsers(required=True, metavar="demo | run | info | report | checkpoint")
     _add_demo(commands)
     _add_run(commands)
     _add_info(commands)
+    _add_report(commands)
     _add_checkpoint(commands)
     return whole
 
@@ -100,6 +101,26 @@ def _add_info(commands: Any) -> None:
     )
     info.add_argument("--json", action="store_true", help="one JSON object, and nothing else; sizes in bytes")
     info.set_defaults(command="info")
+
+
+def _add_report(commands: Any) -> None:
+    report = _described(
+        commands.add_parser("report", help="what the calls in a trace file did, and pages that show it"),
+        "A call with trace=PATH, and every call of a script that runs with JOBLIB_BACKEND_TRACE=PATH, is added to the "
+        "file PATH. Say what those calls did: where they ran and why, where the time went, and what to change. The "
+        "file can also be opened in https://ui.perfetto.dev.",
+        "JOBLIB_BACKEND=hybrid JOBLIB_BACKEND_TRACE=run.json python train.py",
+        "python -m joblib_backends report run.json",
+        "python -m joblib_backends report run.json --html run.html",
+        codes=("0  done", "2  PATH is not there or no such trace, or the page cannot be written; stderr says why"),
+    )
+    report.add_argument("path", metavar="PATH", help="what was given as trace=, or saved as .json")
+    report.add_argument(
+        "--html", metavar="PAGE", help="write the timeline of a call to this file, as a page for browsers"
+    )
+    report.add_argument("--call", metavar="N", type=int, help="only that call, counted from 1; of --html the last one")
+    report.add_argument("--json", action="store_true", help="one JSON array of the calls' reports, and nothing else")
+    report.set_defaults(command="report")
 
 
 def _add_checkpoint(commands: Any) -> None:

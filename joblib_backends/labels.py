@@ -1,4 +1,4 @@
-"""What batches are called in messages, and on Dask's dashboard."""
+"""What batches are called in messages, on Dask's dashboard, and in timelines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from .batches import Batch
 from .sharing import sklearn_inside
-from .worker import task_names
+from .timeline.recorder import BatchRecord
+from .worker import Outcome, task_names
 
-__all__ = ["description_of", "label_of"]
+__all__ = ["description_of", "label_of", "record_of"]
 
 #: Characters of a task's arguments in messages.
 _ARGUMENTS_SHOWN: Final = 200
@@ -30,6 +31,37 @@ def label_of(batch: Batch) -> tuple[str, str]:
     of_search = sklearn_inside.description_of(*items[0]) if batch.size == 1 else None
     tasks = _places(batch) if of_search in (None, kind) else f"{_places(batch)}, {of_search}"
     return (name if kind is None else f"{name}-{kind}"), tasks
+
+
+#: Seconds below which a batch is not told from its neighbours in a timeline: to name it takes longer than to record it.
+_WORTH_NAMING_S: Final = 5e-3
+
+
+def record_of(
+    batch: Batch, outcome: Outcome, received: float, decode_s: float, fault: BaseException | None
+) -> BatchRecord:
+    """Return what a timeline has of a batch whose outcome came at ``received``.
+
+    Short ones have the name of the function only.
+    """
+    is_long = outcome.spent.wall >= _WORTH_NAMING_S or fault is not None
+    name, detail = label_of(batch) if is_long else (task_names(batch.function), "")
+    times = (sklearn_inside.times_of(result) for result in outcome.results or ()) if is_long else ()
+    return BatchRecord(
+        "" if batch.plan is None else batch.plan.tier,
+        name,
+        detail,
+        batch.first_task + batch.positions[0],
+        batch.size,
+        batch.submitted,
+        batch.started,
+        received,
+        outcome.spent,
+        (0.0, 0.0) if batch.payload is None else batch.payload.encoded,
+        decode_s,
+        tuple(one for one in times if one is not None),
+        "" if fault is None else f"{type(fault).__name__}: {fault}",
+    )
 
 
 def description_of(batch: Batch) -> str:

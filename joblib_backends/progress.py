@@ -15,8 +15,8 @@ from typing import Any, Final, Literal
 
 from .data.codec import describe
 from .errors import MissingDependencyError
-from .report import Tally
 from .sharing import sklearn_inside
+from .tally import Tally
 
 __all__ = ["Progress"]
 

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import html
+import os
 import sys
 import threading
-import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
-__all__ = ["CallReport", "Tally", "announce", "last_report", "record"]
+from .errors import ConfigurationError
+from .timeline.model import Timeline
+from .timeline.recorder import MOST_RECORDED
+from .wording import readable_nbytes, readable_seconds
+
+__all__ = ["CallReport", "announce", "last_report", "record", "reports"]
 
 
 @dataclass(frozen=True)
 class CallReport:
     """What one outermost ``Parallel`` call did.
+
+    ``print`` shows some ten lines of it, notebooks a table.
 
     Attributes
     ----------
@@ -58,6 +72,34 @@ class CallReport:
         first.
     tasks_restored : int
         Tasks of ``tasks`` whose results came from the checkpoint and did not run.
+    started_at : float
+        When the call began, in seconds since 1970 (``time.time``).
+    cores : int
+        Cores of this machine that the call may use.
+    cpu_seconds : float
+        CPU time of the batches: of their thread, or of their process where that is a worker's own.
+    delay_seconds : float
+        Seconds in which batches were ready to run and waited for a core; 0 where the system does not tell.
+    queue_seconds : float
+        Sum over the batches of the seconds from ``Parallel`` handing one over to its outcome, less those that it ran:
+        its wait for a worker, and its way there and back.
+    encode_seconds, decode_seconds : float
+        Seconds of the driver for making batches ready to travel, and for reading their results.
+    load_seconds, pack_seconds : float
+        Seconds of the workers, contained in ``busy_seconds``, for reading batches, and for making results ready.
+    nbytes_results : int
+        Bytes in which the results came; 0 where memory is shared.
+    residents : int
+        Placed buffers that batches of the call referred to, each counted once.
+    longest_seconds : float
+        Seconds of the batch that took longest, and ``longest_task`` the position of its first task.
+    peak_nbytes : int
+        The largest size that any of the processes which ran batches has had in memory until the end of the call, in
+        bytes; data that is mapped counts in each. 0 where the system does not tell.
+    costly_argument : str
+        What most of ``encode_seconds`` went into, where that was looked at; else empty.
+    advice : tuple of str
+        What to change, where something took time that need not be. Empty if all is well.
     """
 
     function: str
@@ -83,123 +125,192 @@ class CallReport:
     retries: int = 0
     lost_workers: int = 0
     tasks_restored: int = 0
+    started_at: float = 0.0
+    cores: int = 0
+    cpu_seconds: float = 0.0
+    delay_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    load_seconds: float = 0.0
+    pack_seconds: float = 0.0
+    nbytes_results: int = 0
+    residents: int = 0
+    longest_seconds: float = 0.0
+    longest_task: int = -1
+    peak_nbytes: int = 0
+    costly_argument: str = ""
+    advice: tuple[str, ...] = ()
+    #: What makes the timeline, and the number of batches that are recorded for it.
+    _timeline: Callable[[], Timeline] | None = field(default=None, repr=False, compare=False)
+    _n_recorded: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def speed_up(self) -> float:
+        """How many times as fast as its tasks one after the other: ``busy_seconds / seconds``."""
+        return self.busy_seconds / self.seconds if self.seconds else 0.0
+
+    @property
+    def cores_used(self) -> float:
+        """Cores that the batches used on average: ``cpu_seconds / seconds``."""
+        return self.cpu_seconds / self.seconds if self.seconds else 0.0
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Who did what, from when to when; None with ``record=False``, and for calls that were long ago.
+
+        It is made when it is asked for. Of all :func:`reports` together, the batches of the last 200,000 are kept.
+        """
+        return None if self._timeline is None else self._timeline()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it, but for the timeline, as JSON has it; times are ISO 8601, seconds, and bytes."""
+        found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if not one.name.startswith("_")}
+        started = datetime.fromtimestamp(self.started_at).astimezone().isoformat()
+        found |= {"speed_up": self.speed_up, "cores_used": self.cores_used, "started_at": started}
+        return {**found, "advice": list(self.advice)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], timeline: Timeline | None = None) -> CallReport:
+        """Return the report that :meth:`to_dict` was made of; what other versions may have in it is left out."""
+        names = {one.name for one in dataclasses.fields(cls) if not one.name.startswith("_")}
+        known = {name: value for name, value in content.items() if name in names}
+        known["started_at"] = round(datetime.fromisoformat(known["started_at"]).timestamp(), 6)
+        known["advice"] = tuple(known.get("advice", ()))
+        return cls(**known, _timeline=None if timeline is None else lambda: timeline)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what the call did into a file, with its timeline if that was recorded.
+
+        Parameters
+        ----------
+        path : str or path
+            ``"run.html"`` for a page that needs nothing else, ``"run.json"`` for what https://ui.perfetto.dev and
+            ``python -m joblib_backends report`` read. A file of that name is replaced.
+
+        Raises
+        ------
+        ConfigurationError
+            If the name ends otherwise.
+        OSError
+            If the file cannot be written.
+        """
+        kind = Path(path).suffix.lower()
+        timeline = self.timeline or Timeline()
+        if kind in (".html", ".htm"):
+            from .timeline.page import page_of
+
+            Path(path).write_text(page_of(self.to_dict(), timeline), encoding="utf-8")
+        elif kind == ".json":
+            from .timeline.chrome import document_of
+
+            Path(path).write_text(document_of([(self.to_dict(), timeline)]), encoding="utf-8")
+        else:
+            raise ConfigurationError(
+                f"A report cannot be saved as {os.fspath(path)!r}: its name must end with .html, for a page, or with "
+                ".json, for a trace."
+            )
 
     def __str__(self) -> str:
         outcome = "failed after" if self.failed else "done in"
-        moved, saved = readable_nbytes(self.nbytes_moved), readable_nbytes(self.nbytes_saved)
-        text = (
-            f"{self.function}: {self.tasks} tasks in {self.batches} batches {outcome} {self.seconds:.3f} s\n"
-            f"  tier   {self.tier}, n_jobs={self.n_jobs}\n"
-            f"  reason {self.reason}\n"
-            f"  bytes  {moved} moved, {saved} not moved again, {readable_nbytes(self.nbytes_pickled)} pickled"
+        first = f"{self.function}: {self.tasks} tasks in {self.batches} batches {outcome} {self.seconds:.3f} s"
+        return "\n".join([first, *(f"  {name:<8} {text}" for name, text in self._lines())])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for name, text in self._lines()
         )
+        return f"<table><caption>{html.escape(str(self).splitlines()[0])}</caption>{rows}</table>"
+
+    def _lines(self) -> list[tuple[str, str]]:
+        lines = [("tier", f"{self.tier}, n_jobs={self.n_jobs}"), ("reason", self.reason)]
+        if self.batches:
+            lines += [("time", self._time()), ("around", self._around())]
+        lines.append(("bytes", self._bytes()))
+        if self.peak_nbytes:
+            lines.append(("memory", f"{readable_nbytes(self.peak_nbytes)} at most in one process"))
         if self.retries or self.lost_workers:
-            text += f"\n  faults {self.lost_workers} workers lost, {self.retries} batches run again"
+            lines.append(("faults", f"{self.lost_workers} workers lost, {self.retries} batches run again"))
         if self.tasks_restored:
-            text += f"\n  kept   {self.tasks_restored} of {self.tasks} tasks were in the checkpoint"
-        if not self.fits_run + self.fits_shared:
-            return text
+            lines.append(("kept", f"{self.tasks_restored} of {self.tasks} tasks were in the checkpoint"))
+        if self.fits_run + self.fits_shared:
+            lines.append(("shared", self._shared()))
+        return [*lines, *(("advice", sentence) for sentence in self.advice)]
+
+    def _time(self) -> str:
+        return (
+            f"{readable_seconds(self.busy_seconds)} of tasks, {self.speed_up:.2f} times as fast as one by one; "
+            f"{self.cores_used:.1f} of {self.cores} cores used"
+        )
+
+    def _around(self) -> str:
+        parts = {
+            "queue, a batch": self.queue_seconds / self.batches,
+            "encode": self.encode_seconds,
+            "load": self.load_seconds,
+            "pack": self.pack_seconds,
+            "decode": self.decode_seconds,
+        }
+        return ", ".join(f"{name} {readable_seconds(seconds)}" for name, seconds in parts.items() if seconds >= 1e-6)
+
+    def _bytes(self) -> str:
+        moved, saved = readable_nbytes(self.nbytes_moved), readable_nbytes(self.nbytes_saved)
+        results = f", {readable_nbytes(self.nbytes_results)} of results" if self.nbytes_results else ""
+        return f"{moved} moved, {saved} not moved again, {readable_nbytes(self.nbytes_pickled)} pickled{results}"
+
+    def _shared(self) -> str:
         n_fits, n_transforms = self.fits_run + self.fits_shared, self.transforms_run + self.transforms_shared
         return (
-            f"{text}\n"
-            f"  shared {self.fits_shared} of {n_fits} fits and {self.transforms_shared} of {n_transforms} transforms "
+            f"{self.fits_shared} of {n_fits} fits and {self.transforms_shared} of {n_transforms} transforms "
             f"of common steps, {self.seconds_saved:.3f} s saved, at most {readable_nbytes(self.nbytes_shared)} held"
         )
 
 
-@dataclass
-class Tally:
-    """What a call has done so far. Thread-safe."""
-
-    n_jobs: int
-    function: str = ""
-    #: The reason for each tier that was used, in the order of use.
-    reasons: dict[str, str] = field(default_factory=dict)
-    tasks: int = 0
-    batches: int = 0
-    busy_seconds: float = 0.0
-    nbytes_moved: int = 0
-    nbytes_pickled: int = 0
-    nbytes_saved: int = 0
-    retries: int = 0
-    lost_workers: int = 0
-    tasks_restored: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add_start(self, tier: str, function: str, reason: str) -> None:
-        """Count a batch that goes to ``tier``; the first reason for each tier is kept."""
-        with self._lock:
-            self.function = self.function or function
-            self.reasons.setdefault(tier, reason)
-
-    def add_payload(self, nbytes_moved: int, nbytes_pickled: int, nbytes_saved: int) -> None:
-        """Count the bytes of a batch that was encoded."""
-        with self._lock:
-            self.nbytes_moved += nbytes_moved
-            self.nbytes_pickled += nbytes_pickled
-            self.nbytes_saved += nbytes_saved
-
-    def add_end(self, n_tasks: int, seconds: float, *, succeeded: bool) -> None:
-        """Count a batch that ended."""
-        with self._lock:
-            self.busy_seconds += seconds
-            if succeeded:
-                self.tasks += n_tasks
-                self.batches += 1
-
-    def add_fault(self, *, retries: int = 0, lost_workers: int = 0) -> None:
-        """Count what was lost and is run again."""
-        with self._lock:
-            self.retries += retries
-            self.lost_workers += lost_workers
-
-    def add_restored(self, n_tasks: int, function: str) -> None:
-        """Count tasks that need not run, because their results are in the checkpoint."""
-        with self._lock:
-            self.function = self.function or function
-            self.tasks += n_tasks
-            self.tasks_restored += n_tasks
-
-    def explain(self, reasons: dict[str, str]) -> None:
-        """Put better reasons in the place of those of tiers that were used."""
-        with self._lock:
-            self.reasons |= {tier: reason for tier, reason in reasons.items() if tier in self.reasons}
-
-    def report(self, *, failed: bool, predicted_seconds: float | None, planning_seconds: float) -> CallReport:
-        """Return the report of the call, which ends now."""
-        reasons = self.reasons
-        texts = [f"{tier}: {reason}" for tier, reason in reasons.items()] if len(reasons) > 1 else reasons.values()
-        return CallReport(
-            function=self.function,
-            tier=" + ".join(reasons) or "none",
-            reason="; ".join(texts) or ("all were in the checkpoint" if self.tasks_restored else "there were no tasks"),
-            n_jobs=self.n_jobs,
-            tasks=self.tasks,
-            batches=self.batches,
-            seconds=time.perf_counter() - self.started,
-            busy_seconds=self.busy_seconds,
-            nbytes_moved=self.nbytes_moved,
-            nbytes_pickled=self.nbytes_pickled,
-            nbytes_saved=self.nbytes_saved,
-            failed=failed,
-            predicted_seconds=predicted_seconds,
-            planning_seconds=planning_seconds,
-            retries=self.retries,
-            lost_workers=self.lost_workers,
-            tasks_restored=self.tasks_restored,
-        )
+#: Reports that are kept.
+_MOST_REPORTS: Final = 100
 
 
-class _Last:
-    """The report of the last finished call of this process. Set and read as one reference: no lock is needed."""
+class _History:
+    """The reports of this process, the latest last. Thread-safe."""
 
-    report: CallReport | None = None
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _reports: ClassVar[deque[CallReport]] = deque(maxlen=_MOST_REPORTS)
+
+    @classmethod
+    def add(cls, report: CallReport) -> None:
+        with cls._lock:
+            cls._reports.append(report)
+            cls._forget_timelines()
+
+    @classmethod
+    def _forget_timelines(cls) -> None:
+        """Keep the timelines of the latest calls only: they are what takes memory."""
+        n_recorded = 0
+        for position in range(len(cls._reports) - 1, -1, -1):
+            report = cls._reports[position]
+            n_recorded += report._n_recorded
+            if n_recorded > MOST_RECORDED and report._n_recorded and position < len(cls._reports) - 1:
+                cls._reports[position] = dataclasses.replace(report, _timeline=None, _n_recorded=0)
+
+    @classmethod
+    def all(cls) -> list[CallReport]:
+        with cls._lock:
+            return list(cls._reports)
 
 
 def record(report: CallReport) -> None:
     """Make ``report`` the last one."""
-    _Last.report = report
+    _History.add(report)
+
+
+def reports() -> list[CallReport]:
+    """Return the reports of the last 100 outermost calls that finished in this process, the latest last.
+
+    Calls with one job run in joblib's sequential loop, which tells no backend of its end; they leave no report.
+    """
+    return _History.all()
 
 
 def last_report() -> CallReport | None:
@@ -207,17 +318,8 @@ def last_report() -> CallReport | None:
 
     Calls with one job run in joblib's sequential loop, which tells no backend of its end; they leave no report.
     """
-    return _Last.report
-
-
-def readable_nbytes(nbytes: int) -> str:
-    """Return a number of bytes in a unit that a person reads."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    found = _History.all()
+    return found[-1] if found else None
 
 
 def announce(line: str) -> None:

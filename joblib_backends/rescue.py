@@ -15,8 +15,8 @@ from .config import Config
 from .errors import WorkerLostError
 from .pilot import Pilot
 from .recovery import Step, failed_results, failure_of, next_step, pieces_of, warn
-from .report import Tally
 from .router import Router
+from .tally import Tally
 from .worker import Outcome
 
 __all__ = ["Rescue", "Rescued"]

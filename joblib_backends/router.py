@@ -16,7 +16,7 @@ from .config import Config
 from .data.codec import Encoder, Payload
 from .data.scope import ResidentScope
 from .errors import DataLostError
-from .report import Tally
+from .tally import Tally
 from .tiers import Tier, load_tier
 
 __all__ = ["Nested", "Router"]
@@ -99,7 +99,9 @@ class Router:
                 self._encoder = Encoder(self._config, self._scope, references, tier.repeated_nbytes)
                 self._scatter(tier, [value for value in self._config.scatter if id(value) not in references])
             payload = self._encoder.encode(function, nested)
-        self._tally.add_payload(payload.nbytes_placed, payload.nbytes_inband, payload.nbytes_saved)
+        self._tally.costly_argument = self._encoder.costs.costliest
+        moved, pickled, saved = payload.nbytes_placed, payload.nbytes_inband, payload.nbytes_saved
+        self._tally.add_payload(moved, pickled, saved, payload.encoded[1], (one.path for one in payload.residents))
         return payload
 
     def _scatter(self, tier: Tier, values: list[Any]) -> None:

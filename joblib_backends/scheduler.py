@@ -46,24 +46,28 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Literal
 
+from .advice import advice_for
 from .allotment import Allotment
 from .batches import Batch, BatchFuture, BatchQueue, Callback
+from .budget import available_cores
 from .completer import LOOK_INTERVAL_S, Completer, GetOutcome
 from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
 from .errors import BatchDataLostError, BatchTimeoutError
-from .labels import label_of
+from .labels import label_of, record_of
 from .opening import Opening
 from .pilot import Pilot
 from .randomness import task_randomness
 from .recovery import is_fault
 from .relief import Relief
-from .report import CallReport, Tally
+from .report import CallReport
 from .rescue import Rescue
 from .router import Nested, Router
 from .sharing.call import SharedFits
+from .tally import Tally
 from .tiers import Tier, Work
+from .timeline.recorder import Recorder
 from .worker import Outcome, task_names
 
 __all__ = ["Call"]
@@ -103,6 +107,8 @@ class Call:
         Where finished tasks are kept, and looked for before they run.
     progress : callable, optional
         Returns what shows the progress of the call, from what is counted.
+    records : bool, default=False
+        Whether each batch is recorded for the timeline of the call.
 
     Notes
     -----
@@ -126,6 +132,7 @@ class Call:
         dispatch_next: Callable[[], bool] = lambda: False,
         checkpoint: CallCheckpoint | None = None,
         progress: Callable[[Tally], Progress] | None = None,
+        records: bool = False,
     ) -> None:
         self._config = config
         self._n_jobs = n_jobs
@@ -136,7 +143,7 @@ class Call:
         self._dispatch_next = dispatch_next
         self._checkpoint = checkpoint
         self._n_submitted_tasks = 0
-        self._tally = Tally(n_jobs)
+        self._tally = Tally(n_jobs, available_cores(config), Recorder() if records else None)
         self._shown = None if progress is None else progress(self._tally)
         self._router = Router(config, n_jobs, scope, warm, self._tally)
         self._caller_completes = return_as == "list"
@@ -405,7 +412,9 @@ class Call:
         report = self._tally.report(
             failed=failed, predicted_seconds=self._pilot.predicted_s, planning_seconds=self._pilot.planning_s
         )
-        return report if self._sharing is None else dataclasses.replace(report, **self._sharing.figures())
+        figures: dict[str, Any] = {} if self._sharing is None else self._sharing.figures()
+        report = dataclasses.replace(report, **figures)
+        return dataclasses.replace(report, advice=advice_for(report))
 
     # ---- called in the thread that wants a result
 
@@ -572,16 +581,20 @@ class Call:
 
     def _complete(self, batch: Batch, get_outcome: GetOutcome) -> None:
         fault: BaseException | None
+        received = time.perf_counter()
         try:
             outcome = get_outcome()
+            decode_s = time.perf_counter() - received
             # Never what a task raised: a call inside it has faults of its own.
             fault = outcome.error if isinstance(outcome.error, BatchDataLostError) else None
             if self._sharing is not None and outcome.results is not None and batch.tier is not None:
                 results = self._finish_shared(self._sharing, batch, outcome.results)
                 outcome = dataclasses.replace(outcome, results=results)
         except BaseException as error:
-            outcome = Outcome(None, error)
+            outcome, decode_s = Outcome(None, error), 0.0
             fault = error if is_fault(error) else None
+        if batch.started:
+            self._note_way(batch, outcome, received, decode_s, fault)
         try:
             self._settle(batch, outcome, fault)
         except BaseException as error:
@@ -589,6 +602,15 @@ class Call:
             self.fail(error, batch.future)
             if not isinstance(error, Exception) and self.is_in_caller:
                 raise
+
+    def _note_way(
+        self, batch: Batch, outcome: Outcome, received: float, decode_s: float, fault: BaseException | None
+    ) -> None:
+        """Count, and record, how a batch that a tier got went there and came back."""
+        self._tally.add_way(max(0.0, received - batch.submitted - outcome.spent.wall), decode_s)
+        recorder = self._tally.recorder
+        if recorder is not None:
+            recorder.add(record_of(batch, outcome, received, decode_s, fault))
 
     def _settle(self, batch: Batch, outcome: Outcome, fault: BaseException | None) -> None:
         if fault is not None and batch.future in self._unfinished:
@@ -629,7 +651,7 @@ class Call:
         if batch.plan is None:
             return
         succeeded = outcome.error is None
-        self._tally.add_end(batch.size, outcome.spent.wall, succeeded=succeeded)
+        self._tally.add_end(batch.size, outcome, batch.first_task + batch.positions[0])
         self._show()
         if succeeded and outcome.spent.wall:
             size, busy_s, together = batch.size, self._queue.busy_seconds(), batch.n_together

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -24,8 +26,34 @@ from joblib import parallel_config
 from .budget import Share, keep_limits, keep_thread_limits, limited, using
 from .data.codec import Wire, describe, load
 from .errors import BatchDataLostError, DataLostError, RemoteTraceback, ResultPicklingError, TaskLoadError
+from .timeline.phases import Phase, gathered
 
-__all__ = ["Outcome", "PackedOutcome", "is_packing_results", "run_here", "run_payload", "unpack"]
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = [
+    "Outcome",
+    "PackedOutcome",
+    "Spent",
+    "Worker",
+    "is_packing_results",
+    "peak_nbytes_of_process",
+    "run_here",
+    "run_payload",
+    "this_worker",
+    "unpack",
+]
+
+
+class Worker(NamedTuple):
+    """Who ran a batch."""
+
+    host: str
+    pid: int
+    #: The thread, by the number that Python has for it.
+    thread: int
 
 
 class Spent(NamedTuple):
@@ -36,6 +64,16 @@ class Spent(NamedTuple):
     cpu: float = 0.0
     #: Ready to run, and kept from it by a busy machine; 0 where the system does not tell.
     delay: float = 0.0
+    #: When it began, on the ``time.perf_counter`` of the worker.
+    started: float = 0.0
+    #: The parts of ``wall`` that went into unpickling the tasks, and into pickling the results.
+    load: float = 0.0
+    pack: float = 0.0
+    #: The largest size that the worker's own process has had until then; 0 where it is not asked, or not told.
+    peak_nbytes: int = 0
+    worker: Worker | None = None
+    #: What the tasks noted of themselves.
+    phases: Sequence[Phase] = ()
 
 
 _NOTHING: Final = Spent()
@@ -48,10 +86,12 @@ class Outcome:
     results: list[Any] | None
     error: BaseException | None
     spent: Spent = _NOTHING
+    #: Bytes in which the results came; 0 where memory is shared.
+    nbytes: int = 0
 
 
 #: An outcome on its way back: whether it succeeded, the pickle of results or exception, what it took.
-PackedOutcome = tuple[bool, bytes, tuple[float, float, float]]
+PackedOutcome = tuple[bool, bytes, Spent]
 
 
 #: A batch that is shorter is not worth the 12 µs that it takes to ask the system how long its thread was kept waiting.
@@ -66,16 +106,31 @@ class Stopwatch:
     """Measures what the calling thread spends."""
 
     def __init__(self, *, of_process: bool = False) -> None:
+        self._of_process = of_process
         self._cpu_clock = time.process_time if of_process else time.thread_time
         self._schedstat = _Schedstat.of_this_thread()
+        #: Seconds of unpickling and pickling, added by who does it.
+        self.load = self.pack = 0.0
         self._cpu_before = self._cpu_clock()
-        self._wall_before = time.perf_counter()
+        self._started = time.perf_counter()
 
-    def spent(self) -> Spent:
+    def spent(self, phases: Sequence[Phase] = ()) -> Spent:
         """Return what was spent since this object was made, in the same thread."""
-        wall = time.perf_counter() - self._wall_before
+        wall = time.perf_counter() - self._started
         cpu = self._cpu_clock() - self._cpu_before
-        return Spent(wall, cpu, self._schedstat.new_delay(wall) if wall > _TOO_SHORT_S else 0.0)
+        is_long = wall > _TOO_SHORT_S
+        delay = self._schedstat.new_delay(wall) if is_long else 0.0
+        peak_nbytes = peak_nbytes_of_process() if is_long and self._of_process else 0
+        worker = self._schedstat.worker
+        return Spent(wall, cpu, delay, self._started, self.load, self.pack, peak_nbytes, worker, phases)
+
+
+def peak_nbytes_of_process() -> int:
+    """Return the largest size that this process has had in memory; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    # Linux counts in KiB.
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Schedstat:
@@ -83,6 +138,7 @@ class _Schedstat:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self.worker = Worker(socket.gethostname(), self.pid, threading.get_ident())
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):
             self._descriptor = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
@@ -122,6 +178,12 @@ class _Schedstat:
 
 _of_thread = threading.local()
 
+
+def this_worker() -> Worker:
+    """Return who the calling thread is."""
+    return _Schedstat.of_this_thread().worker
+
+
 _is_packing: ContextVar[bool] = ContextVar("is_packing", default=False)
 
 
@@ -131,15 +193,16 @@ def run_here(function: Callable[[], Any], share: Share, initializer: Callable[[]
     A thread that is not ours gets no limits here: it may be in a batch of an outer call, and have those of that.
     """
     watch = Stopwatch()
-    try:
-        if initializer is not None:
-            initializer()
-        if share.limits:
-            keep_thread_limits(share.limits)
-        with using(share.cores):
-            return Outcome(function(), None, watch.spent())
-    except BaseException as error:
-        return Outcome(None, error, watch.spent())
+    with gathered() as phases:
+        try:
+            if initializer is not None:
+                initializer()
+            if share.limits:
+                keep_thread_limits(share.limits)
+            with using(share.cores):
+                return Outcome(function(), None, watch.spent(phases))
+        except BaseException as error:
+            return Outcome(None, error, watch.spent(phases))
 
 
 def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
@@ -149,15 +212,18 @@ def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
     """
     watch = Stopwatch(of_process=owns_process)
     cores, limits = wire[3]
-    try:
-        if owns_process:
-            keep_limits(limits)
-        with limited({} if owns_process else limits), using(cores):
-            results = _run_tasks(wire, limits if owns_process else {})
-        packed = _pack_results(results)
-    except BaseException as error:
-        return False, _pack_error(error), watch.spent()
-    return True, packed, watch.spent()
+    with gathered() as phases:
+        try:
+            if owns_process:
+                keep_limits(limits)
+            with limited({} if owns_process else limits), using(cores):
+                results = _run_tasks(wire, limits if owns_process else {}, watch)
+            began = time.perf_counter()
+            packed = _pack_results(results)
+            watch.pack = time.perf_counter() - began
+        except BaseException as error:
+            return False, _pack_error(error), watch.spent(phases)
+        return True, packed, watch.spent(phases)
 
 
 def unpack(outcome: PackedOutcome) -> Outcome:
@@ -165,8 +231,7 @@ def unpack(outcome: PackedOutcome) -> Outcome:
 
     What a worker could pack and the parent cannot load becomes a :class:`ResultPicklingError`.
     """
-    succeeded, packed, seconds = outcome
-    spent = Spent(*seconds)
+    succeeded, packed, spent = outcome
     try:
         loaded = pickle.loads(packed)
     except Exception as error:
@@ -177,21 +242,23 @@ def unpack(outcome: PackedOutcome) -> Outcome:
         failure.__cause__ = error
         return Outcome(None, failure, spent)
     if succeeded:
-        return Outcome(loaded, None, spent)
+        return Outcome(loaded, None, spent, len(packed))
     raised, text = loaded
     raised.__cause__ = RemoteTraceback(text)
     return Outcome(None, raised, spent)
 
 
-def _run_tasks(wire: Wire, limits: dict[str, int]) -> list[Any]:
+def _run_tasks(wire: Wire, limits: dict[str, int], watch: Stopwatch) -> list[Any]:
     function_pickles, task_pickles, nested, _, initializer = wire
     _initialize_once(initializer)
     backend, n_jobs = pickle.loads(nested)
     results: list[Any] = []
     with parallel_config(backend=backend, n_jobs=n_jobs):
+        began = time.perf_counter()
         functions = [_load("function", *pickled) for pickled in function_pickles]
         for pickled in task_pickles:
             tasks = _load(f"task {len(results)}", *pickled)
+            watch.load += time.perf_counter() - began
             if limits:
                 # Loading may have imported a library that was not there when the limits were set; else this is free.
                 keep_limits(limits)
@@ -200,6 +267,7 @@ def _run_tasks(wire: Wire, limits: dict[str, int]) -> list[Any]:
                 for callee, args, kwargs in tasks
             ]
             del tasks
+            began = time.perf_counter()
     return results
 
 

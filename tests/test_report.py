@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import joblib
 import numpy as np
@@ -13,7 +14,8 @@ from sklearn.linear_model import Ridge
 
 import joblib_backends
 from joblib_backends import CallReport, last_report
-from joblib_backends.report import announce, readable_nbytes, record
+from joblib_backends.report import announce, record
+from joblib_backends.wording import readable_nbytes
 
 _serial = itertools.count(1)
 
@@ -91,13 +93,39 @@ def test_batches_of_one_call_may_differ_in_tier():
     assert "not known to be safe on threads" in last_report().reason
 
 
-def test_a_report_reads_as_four_lines():
-    report = CallReport("fit", "threads", "because", 2, 10, 5, 1.5, 2.0, 3_000_000, 500, 7, False)
-    assert str(report).splitlines() == [
+def test_a_report_reads_as_a_line_for_each_thing():
+    figures = {"cores": 4, "cpu_seconds": 3.0, "queue_seconds": 0.05, "encode_seconds": 0.25, "load_seconds": 2e-5}
+    plain = CallReport("fit", "threads", "because", 2, 10, 5, 1.5, 2.25, 3_000_000, 500, 7, False, **figures)
+    lines = [
         "fit: 10 tasks in 5 batches done in 1.500 s",
-        "  tier   threads, n_jobs=2",
-        "  reason because",
-        "  bytes  3.0 MB moved, 7 B not moved again, 500 B pickled",
+        "  tier     threads, n_jobs=2",
+        "  reason   because",
+        "  time     2.25 s of tasks, 1.50 times as fast as one by one; 2.0 of 4 cores used",
+        "  around   queue, a batch 10 ms, encode 250 ms, load 20 µs",
+        "  bytes    3.0 MB moved, 7 B not moved again, 500 B pickled",
+    ]
+    assert str(plain).splitlines() == lines
+    full = replace(
+        plain,
+        peak_nbytes=1_500_000,
+        lost_workers=1,
+        retries=2,
+        tasks_restored=3,
+        fits_run=4,
+        fits_shared=6,
+        transforms_run=1,
+        transforms_shared=1,
+        seconds_saved=0.5,
+        nbytes_shared=10,
+        advice=("Do this.",),
+    )
+    assert str(full).splitlines() == [
+        *lines,
+        "  memory   1.5 MB at most in one process",
+        "  faults   1 workers lost, 2 batches run again",
+        "  kept     3 of 10 tasks were in the checkpoint",
+        "  shared   6 of 10 fits and 1 of 2 transforms of common steps, 0.500 s saved, at most 10 B held",
+        "  advice   Do this.",
     ]
 
 

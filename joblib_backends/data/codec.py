@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,11 +35,19 @@ from ..budget import Share
 from ..config import Config
 from ..errors import StoreError, TaskPicklingError
 from .arrays import address_of, owns_all, root_owner
+from .costs import ArgumentCosts
 from .hashing import CHECKSUM_NBYTES, checksum, digest_of, is_intact
 from .pickler import Pickler, Standalone
 from .scope import ResidentScope
 from .store import BufferRef, Resident, map_buffer
-from .values import Task, cannot_change, has_only_leaves, is_large, is_small_and_immutable
+from .values import (
+    Task,
+    cannot_change,
+    has_only_leaves,
+    is_large,
+    is_pickled_whole,
+    is_small_and_immutable,
+)
 
 __all__ = [
     "Encoder",
@@ -72,6 +81,8 @@ class Payload:
     nbytes_placed: int = 0
     #: Bytes that would have travelled and did not, since they were resident already.
     nbytes_saved: int = 0
+    #: When it was made, on ``time.perf_counter``, and the seconds that this took.
+    encoded: tuple[float, float] = (0.0, 0.0)
 
     def sent_with(self, share: Share) -> Wire:
         """Return what travels for a batch that starts with ``share``."""
@@ -120,6 +131,10 @@ class Encoder:
         self._not_there: set[str] = set()
         self._initializer = pickle_initializer(config)
         self._nested: tuple[Any, bytes] | None = None
+        #: What the time to encode goes into.
+        self.costs = ArgumentCosts()
+        # Scattered objects that are no arrays, in the form in which they were pickled first.
+        self._lasting: dict[int, Standalone] = {}
 
     def scatter(self, values: Iterable[Any]) -> int:
         """Place every buffer of ``values``, whatever its size, until the scope ends; return the bytes moved.
@@ -132,7 +147,7 @@ class Encoder:
         pickling = _Pickling(self, min_nbytes=_SCATTERED_FROM)
         for position, value in enumerate(values):
             try:
-                pickling.dump((Standalone(value) if is_large(value, _SCATTERED_FROM) else value,))
+                pickling.dump((self._lasting_form(value) if is_pickled_whole(value) else value,))
             except StoreError:
                 raise
             except Exception as error:
@@ -154,9 +169,14 @@ class Encoder:
         for value in values:
             if id(value) in self._references:
                 replaced[id(value)] = self._references[id(value)]
-            elif threshold is not None and is_large(value, threshold):
+            elif threshold is None:
+                continue
+            elif id(value) in self._scattered and is_pickled_whole(value):
+                # Who says of an object that it is data says, too, that it is the same for all tasks of the call.
+                replaced[id(value)] = self._lasting_form(value)
+            elif is_large(value, threshold):
                 others = (other for other in (function, *values) if other is not value)
-                if id(value) in self._scattered or has_only_leaves(value) or all(map(has_only_leaves, others)):
+                if has_only_leaves(value) or all(map(has_only_leaves, others)):
                     replaced[id(value)] = Standalone(value)
         return replaced
 
@@ -180,12 +200,15 @@ class Encoder:
         items: Sequence[Task] = getattr(function, "items", None) or [(function, (), {})]
         max_nbytes = self._config.max_nbytes if self._config.mmap_mode is not None else None
         pickling = _Pickling(self, min_nbytes=max_nbytes)
+        began = time.perf_counter()
         try:
             tasks = pickling.dump_tasks(items)
         except StoreError:
             raise
         except Exception as error:
             raise _named_error(items, error) from error
+        seconds = time.perf_counter() - began
+        self.costs.note_batch(seconds)
         wire = (pickling.functions, tasks, self._pickle_nested(nested), _NO_SHARE, self._initializer)
         return Payload(
             wire,
@@ -193,6 +216,7 @@ class Encoder:
             sum(len(stream) for stream, _ in (*pickling.functions, *tasks)),
             pickling.nbytes_placed,
             pickling.nbytes_saved,
+            (began, seconds),
         )
 
     def place(self, buffer: memoryview, owner: Any, *, any_size: bool) -> tuple[Resident, int, bool] | None:
@@ -242,6 +266,9 @@ class Encoder:
     def send_content_of(self, path: str) -> None:
         """Send memmaps of a file by content from now on: some worker has no such file, or another one."""
         self._not_there.add(path)
+
+    def _lasting_form(self, value: Any) -> Standalone:
+        return self._lasting.setdefault(id(value), Standalone(value, is_lasting=True))
 
     def _may_be_resident(self, buffer: memoryview) -> bool:
         """Return whether it is worth a hash to look for a small buffer: by its size, or as a part of placed memory."""
@@ -360,13 +387,13 @@ class _Pickling:
         self.nbytes_placed = 0
         self.nbytes_saved = 0
 
-    def dump(self, value: Any) -> Pickle:
-        """Return the pickle of ``value`` and where its buffers are."""
+    def dump(self, value: Any, begun: dict[int, float] | None = None) -> Pickle:
+        """Return the pickle of ``value`` and where its buffers are; note when the objects of ``begun`` are come to."""
         self._refs = []
         stream = io.BytesIO()
         # A new pickler each time, 2 µs: tasks must not share its memo, and kept here it would be a cycle that
         # holds the context, with its workers, until the garbage collector comes by.
-        Pickler(stream, self._take_buffer, self._encoder.is_resident, self._encoder.has_path).dump(value)
+        Pickler(stream, self._take_buffer, self._encoder.is_resident, self._encoder.has_path, begun).dump(value)
         pickled = stream.getvalue()
         return checksum(pickled) + pickled, self._refs
 
@@ -383,7 +410,11 @@ class _Pickling:
             kwargs = {name: replaced.get(id(value), value) for name, value in kwargs.items()}
         is_shareable = type(function) is FunctionType and cannot_change(function)
         callee = self._position_of(function) if is_shareable else function
-        return self.dump([(callee, args, kwargs)])
+        begun = self._encoder.costs.begun((*args, *kwargs.values()))
+        pickled = self.dump([(callee, args, kwargs)], begun)
+        if begun is not None:
+            self._encoder.costs.add(function, args, kwargs, begun)
+        return pickled
 
     def _position_of(self, function: Any) -> int:
         """Return where a plain function is among those of the batch: one of ``__main__`` takes 100 µs to pickle."""

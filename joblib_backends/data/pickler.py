@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -36,19 +37,28 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         take_buffer: Callable[[pickle.PickleBuffer], object],
         is_resident: Callable[[int, int], bool],
         has_path: Callable[[str], bool] = lambda path: True,
+        begun: dict[int, float] | None = None,
     ) -> None:
         super().__init__(stream, protocol=5, buffer_callback=take_buffer)
         self._is_resident = is_resident
         self._has_path = has_path
+        # By their ``id``, objects of which it is noted when they are come to.
+        self._begun = begun
 
     def reducer_override(self, obj: Any) -> Any:
+        if self._begun is not None and id(obj) in self._begun:
+            self._begun[id(obj)] = time.perf_counter()
         reduced = self._reduce_data(obj)
         return super().reducer_override(obj) if reduced is None else reduced
 
     def _reduce_data(self, obj: Any) -> Any:
         kind = type(obj)
         if kind is Standalone:
-            return _load_standalone, self._standalone(obj.value)
+            if not obj.is_lasting:
+                return _load_standalone, self._standalone(obj.value)
+            if obj.parts is None:
+                obj.parts = self._standalone(obj.value)
+            return _load_standalone, obj.parts
         if kind is np.memmap:
             return as_memmap_reference(obj, self._has_path)
         if kind is not np.ndarray:
@@ -77,12 +87,22 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 class Standalone:
-    """Marks a builtin container to be pickled on its own: pickle asks no hook about exact builtin types."""
+    """Marks an object to be pickled on its own: of exact builtin types, pickle asks no hook.
 
-    __slots__ = ("value",)
+    Parameters
+    ----------
+    value : object
+        What is pickled in the place of this.
+    is_lasting : bool, default=False
+        Whether its first pickle is used from then on, with what its large buffers hold by then.
+    """
 
-    def __init__(self, value: Any) -> None:
+    __slots__ = ("is_lasting", "parts", "value")
+
+    def __init__(self, value: Any, *, is_lasting: bool = False) -> None:
         self.value = value
+        self.is_lasting = is_lasting
+        self.parts: tuple[pickle.PickleBuffer, ...] | None = None
 
 
 def _load_standalone(stream: Any, *buffers: Any) -> Any:

@@ -15,7 +15,15 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["LARGE_CONTAINER", "Task", "cannot_change", "has_only_leaves", "is_large", "is_small_and_immutable"]
+__all__ = [
+    "LARGE_CONTAINER",
+    "Task",
+    "cannot_change",
+    "has_only_leaves",
+    "is_large",
+    "is_pickled_whole",
+    "is_small_and_immutable",
+]
 
 Task = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -39,6 +47,11 @@ LARGE_CONTAINER: Final = 1_000
 
 def is_large(value: Any, threshold: int) -> bool:
     return type(value) in _CONTAINERS and len(value) >= min(LARGE_CONTAINER, threshold)
+
+
+def is_pickled_whole(value: Any) -> bool:
+    """Return whether an object is pickled bit by bit: whatever is no array, which leaves the pickle, and no atom."""
+    return type(value) not in _LEAVES and not isinstance(value, np.ndarray | np.generic)
 
 
 def has_only_leaves(value: Any) -> bool:

@@ -276,6 +276,13 @@ def is_plain_pipeline(estimator: Any) -> bool:
     return type(estimator) is Pipeline and estimator.memory is None and not has_callbacks(estimator)
 
 
+def times_of(result: Any) -> tuple[float, float] | None:
+    """Return the seconds of fit and score in what scikit-learn's function to fit and score returned; None of others."""
+    if type(result) is not dict or "fit_time" not in result or "score_time" not in result:
+        return None
+    return result["fit_time"], result["score_time"]
+
+
 def has_callbacks(estimator: Any) -> bool:
     """Return whether somebody is to be told of each fit."""
     return bool(getattr(estimator, "_skl_callbacks", None))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from ..data.shelf import Packed, Shelf, pack
+from ..timeline.phases import noted
 from . import effects, sklearn_inside
 from .effects import Effects, Observation, Thawer, content_or_none, frozen
 from .ledger import Held
@@ -166,6 +167,11 @@ class _Invocation(NamedTuple):
     @property
     def is_transform(self) -> bool:
         return self.method.name == TRANSFORM
+
+    @property
+    def title(self) -> str:
+        """What it is, where people see it."""
+        return f"{type(self.estimator).__name__}.{self.method.name}"
 
     def run(self) -> Any:
         return self.method.run(self.args, self.kwargs)
@@ -339,7 +345,8 @@ class Sharer:
         if not isinstance(taken, Effects):
             return self._run_alone(call, identity, taken)
         self._count(call, "shared")
-        output = taken.apply(call.estimator, self._thawer)
+        with noted("transfer", f"{call.title}, shared"):
+            output = taken.apply(call.estimator, self._thawer)
         if not call.is_transform:
             self._continue_inside(call.estimator, call.path)
         return self._noted(call, output, identity)
@@ -359,7 +366,8 @@ class Sharer:
         n_forgotten = self._n_forgotten
         with self._restored_inside(call.estimator):
             observation = Observation(call.estimator, call.args, _attributes)
-        output = observation.run(call.run)
+        with noted("shared fit", call.title):
+            output = observation.run(call.run)
         with self._restored_inside(call.estimator):
             done = observation.effects(may_change=not call.is_transform) if observation.left_all_else_alone else None
             if done is None or self._n_forgotten != n_forgotten:
