@@ -1,4 +1,4 @@
-"""A Chromium without a window, driven over a pipe by its DevTools protocol: for tests of pages, without a dependency."""
+"""A Chromium without a window, driven over a pipe by its DevTools protocol, for tests of pages."""
 
 import base64
 import contextlib

@@ -30,11 +30,13 @@
   // ---- what is seen
 
   const SHORTEST = 5; // microseconds across the width: below, rounding shows
-  const FIRST_LANE = 16, LANE = 14, PADDING = 4, AXIS = 26;
+  const FIRST_LANE = 16, LANE = 15, PADDING = 4, AXIS = 26, EDGE = 3;
   let lo = BEGIN, hi = END, width = 1, height = 1, tops = [], heights = [];
   let colour = {}, hidden = new Set(), selected = null, pinned = false, requested = 0, gliding = 0;
   const result = { nTasks: countTasks(), nSpans: n, nRows: data.rows.length, ready: false, drawn: 0 };
   window.timeline = result;
+
+  const oneFunction = new Set(data.name.filter((_, i) => data.count[i])).size < 2;
 
   const scale = () => width / (hi - lo);
   const toX = (time) => (time - lo) * scale();
@@ -72,6 +74,7 @@
   /** A moment or a duration in readable units, exact to about `step` microseconds. */
   function readable(time, step) {
     const size = Math.abs(time), digits = (unit) => Math.max(0, Math.min(6, Math.ceil(-Math.log10(step / unit) - 1e-9)));
+    if (!Math.round(size)) return "0";
     if (size < 1e3) return `${trimmed(time, 0)} µs`;
     if (size < 1e6) return `${trimmed(time / 1e3, digits(1e3))} ms`;
     if (size < 6e7) return `${trimmed(time / 1e6, digits(1e6))} s`;
@@ -170,11 +173,12 @@
       endColumn();
       endRun();
       const left = Math.max(x, -2), right = Math.min(x + wide, width + 2);
-      const seen = Math.max(1, right - left - (wide > 4 ? 1 : 0)); // A hair between neighbours, where there is room.
-      if (lane.level === 0 && tall < boxTall && data.count[i]) fill(left, y, seen, boxTall, kind[i], 0.22);
-      fill(left, y, seen, tall, kind[i], 1);
+      const seen = right - left - Math.min(1, wide / 16); // A hair between neighbours, where there is room.
+      const boxed = tall < boxTall && lane.level === 0 && data.count[i] > 0;
+      if (boxed) fill(left, y, seen, boxTall, kind[i], 0.26);
+      fill(left, y, seen, boxed ? EDGE : tall, kind[i], 1);
       if (kinds[kind[i]] === "retry" && seen > 6) hatch(left, y, seen, tall);
-      if (seen > 26 && tall > 9) write(i, left, y, seen, tall);
+      if (seen > 22) write(i, left, y + (boxed ? EDGE : 0), seen, tall - (boxed ? EDGE : 0), boxed);
     }
     endColumn();
     endRun();
@@ -211,16 +215,20 @@
     return widths.get(text);
   }
 
-  function write(i, x, y, wide, tall) {
-    const name = texts[data.name[i]], room = Math.min(x + wide, width) - Math.max(x, 0) - 8;
-    const numbered = data.count[i] && data.task[i] >= 0 ? `${name} ${numbers(i)}` : name;
-    let text = widthOf(numbered) <= room ? numbered : name;
-    if (widthOf(text) > room) {
-      const kept = Math.floor((text.length * room) / widthOf(text)) - 1;
-      if (kept < 3) return;
-      text = `${text.slice(0, kept)}…`;
+  /** Write the most telling text that fits: of a batch its task, for most calls have one function only. */
+  function write(i, x, y, wide, tall, boxed) {
+    const room = Math.min(x + wide, width) - Math.max(x, 0) - 7, name = texts[data.name[i]], choices = [name];
+    if (data.count[i] && data.task[i] >= 0) {
+      const detail = texts[data.detail[i]], named = oneFunction ? numbers(i) : `${name} ${numbers(i)}`;
+      choices.splice(0, 1, detail && `${named}  ${detail}`, named, numbers(i));
     }
-    pen.fillStyle = colour.inks[kind[i]];
+    let text = choices.find((choice) => choice && widthOf(choice) <= room);
+    if (!text) {
+      const kept = Math.floor((name.length * room) / widthOf(name)) - 1;
+      if (kept < 3 || choices.length > 1) return;
+      text = `${name.slice(0, kept)}…`;
+    }
+    pen.fillStyle = boxed ? colour.ink : colour.inks[kind[i]];
     pen.fillText(text, Math.max(x, 0) + 4, y + tall / 2 + 0.5);
   }
 
@@ -253,9 +261,11 @@
     pen.fillRect(0, AXIS - 1, width, 1);
     for (const [x] of places) pen.fillRect(x, AXIS - 7, 1, 7);
     pen.fillStyle = colour.quiet;
-    for (const [x, time] of places) pen.fillText((base ? "+" : "") + (time ? readable(time, step) : "0"), x + 4, AXIS / 2);
-    const seen = `${readable(base || lo, step)}${base ? " +" : ` – ${readable(hi, step)}`}`;
-    $("range").textContent = base ? `from ${seen}` : seen.replace(/^ ?–/, "0 –");
+    for (const [x, time] of places) {
+      const text = base ? `+${readable(time, step)}` : readable(time, step);
+      if (x + 4 + widthOf(text) < width) pen.fillText(text, x + 4, AXIS / 2);
+    }
+    $("range").textContent = base ? `${readable(base, step)} +` : `${readable(lo, step / 10)} – ${readable(hi, step / 10)}`;
   }
 
   // ---- looking at spans
@@ -295,29 +305,29 @@
     return last > first ? `#${first}–${last}` : `#${first}`;
   }
 
-  /** What a tip says: its title, the number of its colour, and lines of (name, value). */
+  /** What a tip says: its title, the number of its colour, a detail, and lines of (name, value). */
   function described(target) {
     const [name, host] = data.rows[target.row].map((text) => texts[text]);
     const row = ["on", host ? `${name}, ${host}` : name];
     if (target.type === MARK) {
-      return [target.mark.name, -1, [["at", duration(target.mark.at)], row, ["", target.mark.detail]]];
+      return [target.mark.name, -1, target.mark.detail, [["at", duration(target.mark.at)], row]];
     }
     const { i } = target, count = data.count[i];
     const tasks = count ? [count > 1 ? "tasks" : "task", data.task[i] < 0 ? String(count) : numbers(i) + (count > 1 ? ` (${count})` : "")] : ["", ""];
     const exact = 10 ** Math.max(0, Math.floor(Math.log10(Math.max(1, end[i] - start[i]))) - 2);
-    return [texts[data.name[i]] || kinds[kind[i]], kind[i], [
+    return [texts[data.name[i]] || kinds[kind[i]], kind[i], texts[data.detail[i]], [
       ["kind", count ? `${kinds[kind[i]]}, batch` : kinds[kind[i]]], tasks, ["start", readable(start[i], exact)],
-      ["took", duration(end[i] - start[i])], row, ["", texts[data.detail[i]]],
+      ["took", duration(end[i] - start[i])], row,
     ]];
   }
 
   function showTip(target, x, y) {
-    const [title, k, lines] = described(target);
+    const [title, k, detail, lines] = described(target);
     const make = (tag, text) => Object.assign(document.createElement(tag), { textContent: text });
     const heading = make("strong", title), list = make("dl", "");
     if (k >= 0) heading.prepend(Object.assign(make("i", ""), { className: `kind-${k}` }));
     for (const [name, value] of lines) if (value) list.append(make("dt", name), make("dd", value));
-    tip.replaceChildren(heading, list);
+    tip.replaceChildren(heading, make("p", detail), list);
     tip.hidden = false;
     const { offsetWidth: wide, offsetHeight: tall } = tip;
     tip.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - wide - 8))}px`;
@@ -363,7 +373,7 @@
     select(target, true);
     const frame = plot.getBoundingClientRect(), [x, y, , tall] = boxOf(target);
     showTip(target, frame.left + Math.max(0, x), frame.top + y + tall - 14);
-    $("said").textContent = [described(target)[0], ...described(target)[2].map((line) => line.join(" "))].join(", ");
+    $("said").textContent = described(target).flat().filter((part) => part && typeof part === "string").join(", ");
   }
 
   /** The next or previous span that is not hidden, in the order of the lanes. */
@@ -523,7 +533,7 @@
     };
     for (const name of ["back", "raised", "idle", "line", "ink", "quiet"]) colour[name] = resolved(name);
     colour.kinds = kinds.map((_, k) => resolved(`kind-${k}`));
-    colour.inks = colour.kinds.map((text) => (luminance(text) > 0.2 ? "#111" : "#fff"));
+    colour.inks = colour.kinds.map((text) => (luminance(text) > 0.18 ? "#111" : "#fff"));
     probe.remove();
   }
 

@@ -2,7 +2,7 @@
 
 What does not move is written here, so that it can be read without JavaScript; ``page.js`` draws the timeline from
 compact columns. Names come from the user's code: they are escaped where they are text, and in the data no character is
-left that could end it. A Content-Security-Policy allows the page its own script, and neither another one nor the network.
+left that could end it. A Content-Security-Policy allows the page its own script, no other one, and no network.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def page_of(report: Mapping[str, Any], timeline: Timeline) -> str:
         An HTML document in which script, style and data are contained.
     """
     known = {name: value for name, value in report.items() if value is not None}
-    lanes = _lanes(timeline)
+    lanes, extent = _lanes(timeline), _extent(known, timeline)
     script = _asset("page.js")
     parts = {
         "policy": _policy(script),
@@ -55,12 +55,12 @@ def page_of(report: Mapping[str, Any], timeline: Timeline) -> str:
         "plan": _plan(known),
         "advice": _advice(known.get("advice") or ()),
         "tables": _tables(known),
-        "summary": _summary(known, timeline, lanes),
+        "summary": _summary(known, timeline),
         "legend": _legend(timeline),
-        "rows": _rows(known, timeline, lanes),
+        "rows": _rows(timeline, lanes, extent),
         "marks": _marks(timeline),
         "messages": _messages(known.get("messages") or ()),
-        "data": _embedded(_columns(known, timeline, lanes)),
+        "data": _embedded(_columns(timeline, lanes, extent)),
         "style": _asset("page.css"),
         "script": script,
     }
@@ -111,7 +111,7 @@ def _lanes(timeline: Timeline) -> list[_Lane]:
     return found
 
 
-def _columns(report: Mapping[str, Any], timeline: Timeline, lanes: list[_Lane]) -> dict[str, Any]:
+def _columns(timeline: Timeline, lanes: list[_Lane], extent: tuple[int, int]) -> dict[str, Any]:
     """Return what the script draws: a list for each field of the spans, lane by lane, and each text once."""
     position: dict[str, int] = {"": 0}
 
@@ -135,7 +135,7 @@ def _columns(report: Mapping[str, Any], timeline: Timeline, lanes: list[_Lane]) 
             [mark.row, _microseconds(mark.at), interned(mark.name), interned(mark.detail)]
             for mark in sorted(timeline.marks, key=lambda mark: (mark.row, mark.at))
         ],
-        "extent": _extent(report, timeline),
+        "extent": extent,
     }
     return columns | {"texts": list(position)}
 
@@ -154,7 +154,7 @@ def _extent(report: Mapping[str, Any], timeline: Timeline) -> tuple[int, int]:
 def _busy(lanes: list[_Lane]) -> int:
     """Return the microseconds in which something lies in at least one lane of a row."""
     total, until = 0, -1 << 62
-    for start, end, _ in sorted((span[:2] + (0,) for lane in lanes for span in lane.spans)):
+    for start, end in sorted((start, end) for lane in lanes for start, end, _ in lane.spans):
         total += max(0, end - max(start, until))
         until = max(until, end)
     return total
@@ -180,7 +180,7 @@ def _title(report: Mapping[str, Any]) -> str:
 
 def _heading(report: Mapping[str, Any]) -> str:
     name = _text(report.get("function") or "Parallel call")
-    said = [f"{report['tasks']} tasks"] if "tasks" in report else []
+    said = [_counted(report["tasks"], "task")] if "tasks" in report else []
     if "seconds" in report:
         said.append(readable_seconds(report["seconds"]))
     if "started_at" in report:
@@ -222,6 +222,10 @@ def _nbytes(nbytes: float) -> str:
     return f"{nbytes:.0f} B" if not power else f"{nbytes / 1000**power:.3g} {'_kMGT'[power]}B"
 
 
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
 def _decimal(value: float) -> str:
     return f"{value:.3g}"
 
@@ -235,7 +239,7 @@ _TABLES: Final[tuple[tuple[str, tuple[tuple[str, str, Callable[[Any], str]], ...
             ("seconds", "from start to end", readable_seconds),
             ("predicted_seconds", "predicted", readable_seconds),
             ("busy_seconds", "sum over the batches", readable_seconds),
-            ("speed_up", "speed-up", lambda value: f"{value:.3g} ×"),
+            ("speed_up", "speed-up", lambda value: f"{value:.3g} times"),
             ("cores_used", "cores used on average", _decimal),
             ("queue_seconds", "waiting for a worker", readable_seconds),
             ("encode_seconds", "encoding batches", readable_seconds),
@@ -247,12 +251,12 @@ _TABLES: Final[tuple[tuple[str, tuple[tuple[str, str, Callable[[Any], str]], ...
     (
         "Work",
         (
-            ("tasks", "tasks", str),
-            ("batches", "batches", str),
-            ("n_jobs", "jobs at once", str),
-            ("tasks_restored", "tasks from the checkpoint", str),
-            ("retries", "batches run again", str),
-            ("lost_workers", "workers lost", str),
+            ("tasks", "tasks", _count),
+            ("batches", "batches", _count),
+            ("n_jobs", "jobs at once", _count),
+            ("tasks_restored", "tasks from the checkpoint", _count),
+            ("retries", "batches run again", _count),
+            ("lost_workers", "workers lost", _count),
         ),
     ),
     (
@@ -268,10 +272,10 @@ _TABLES: Final[tuple[tuple[str, tuple[tuple[str, str, Callable[[Any], str]], ...
     (
         "Shared work",
         (
-            ("fits_run", "common fits run", str),
-            ("fits_shared", "fits shared instead", str),
-            ("transforms_run", "common transforms run", str),
-            ("transforms_shared", "transforms shared instead", str),
+            ("fits_run", "common fits run", _count),
+            ("fits_shared", "fits shared instead", _count),
+            ("transforms_run", "common transforms run", _count),
+            ("transforms_shared", "transforms shared instead", _count),
             ("seconds_saved", "time saved", readable_seconds),
         ),
     ),
@@ -291,27 +295,34 @@ def _tables(report: Mapping[str, Any]) -> str:
     return "\n".join(written)
 
 
-def _summary(report: Mapping[str, Any], timeline: Timeline, lanes: list[_Lane]) -> str:
+def _summary(report: Mapping[str, Any], timeline: Timeline) -> str:
     """Return the line of counts; it says what the timeline does not hold."""
-    batches = [span for span in timeline.spans if span.n_tasks]
+    n_batches = sum(span.n_tasks > 0 for span in timeline.spans)
     shown = n_tasks(timeline)
     tasks = report.get("tasks", shown)
-    text = f'<span id="n-tasks">{tasks}</span> tasks, {len(batches)} batches and '
-    text += f"{len(timeline.spans) - len(batches)} phases on {len(timeline.rows)} rows"
+    text = f'<span id="n-tasks">{tasks}</span> {"task" if tasks == 1 else "tasks"}, '
+    text += f"{_counted(n_batches, 'batch')}, {_counted(len(timeline.spans) - n_batches, 'phase')} "
+    text += f"on {_counted(len(timeline.rows), 'row')}"
     if timeline.n_omitted:
-        text += f"; {timeline.n_omitted} more batches were not recorded"
+        text += f"; {timeline.n_omitted:,} batches more were not recorded"
     elif shown != tasks:
-        text += f"; {shown} tasks are in the timeline"
+        text += f"; {_counted(shown, 'task')} in the timeline"
     return text
+
+
+def _counted(count: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
 
 
 def n_tasks(timeline: Timeline) -> int:
     """Return how many tasks the timeline shows, each once, however often it ran."""
-    intervals = sorted((span.task, span.task + span.n_tasks) for span in timeline.spans if span.n_tasks > 0 <= span.task)
+    batches = [span for span in timeline.spans if span.n_tasks]
+    intervals = sorted((span.task, span.task + span.n_tasks) for span in batches if span.task >= 0)
     # Where each interval goes beyond all before it.
     reached = list(accumulate((end for _, end in intervals), max, initial=0))
     known = sum(max(0, end - max(first, before)) for (first, end), before in zip(intervals, reached, strict=False))
-    return known + sum(span.n_tasks for span in timeline.spans if span.task < 0)
+    return known + sum(span.n_tasks for span in batches if span.task < 0)
 
 
 def _legend(timeline: Timeline) -> str:
@@ -330,8 +341,8 @@ def _legend(timeline: Timeline) -> str:
     return "".join(items)
 
 
-def _rows(report: Mapping[str, Any], timeline: Timeline, lanes: list[_Lane]) -> str:
-    begin, end = _extent(report, timeline)
+def _rows(timeline: Timeline, lanes: list[_Lane], extent: tuple[int, int]) -> str:
+    begin, end = extent
     of_row: defaultdict[int, list[_Lane]] = defaultdict(list)
     for lane in lanes:
         of_row[lane.row].append(lane)
@@ -345,8 +356,11 @@ def _row(row: Row, n_lanes: int, busy: float) -> str:
     name, host, percent = _text(row.name), _text(row.host), f"{100 * busy:.0f}&#8239;%"
     where = f" <small>{host}</small>" if host else ""
     title = f"{name} on {host}" if host else name
+    # The scheme of an address takes the room of what tells it from the next one.
+    name = re.sub(r"\b[a-z]+:/{2}", "", name)
+    tall = ' class="tall"' if n_lanes > 1 else ""
     return (
-        f'<li style="--lanes:{max(1, n_lanes)};--busy:{100 * busy:.1f}%" title="{title}">'
+        f'<li{tall} style="--lanes:{max(1, n_lanes)};--busy:{100 * busy:.1f}%" title="{title}">'
         f'<b>{name}{where}</b><span class="busy">{percent}<span class="unseen"> busy</span></span></li>'
     )
 
