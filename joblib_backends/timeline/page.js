@@ -124,7 +124,10 @@
     pen.fillRect(0, bottom - 1, width, 1);
     for (const [x] of ticks.places) pen.fillRect(x, top, 1, heights[row] - 1);
     for (const lane of lanesOf[row]) drawLane(lane, top);
-    for (const mark of marksOf[row]) drawMark(toX(mark.at), top, bottom);
+    let before = -Infinity;
+    for (const { at } of marksOf[row]) {
+      if (toX(at) - before >= 1) drawMark((before = toX(at)), top, bottom);
+    }
   }
 
   const inside = (row) => heights[row] - 2 * PADDING - 1;
@@ -441,7 +444,7 @@
     keys[event.key]();
   });
   plot.addEventListener("focus", () => plot.matches(":focus-visible") && !selected && visit(nearest(0)));
-  plot.addEventListener("blur", () => select(null));
+  plot.addEventListener("blur", () => tip.matches(":hover") || select(null)); // Its text may be what is clicked.
 
   // The wheel alone scrolls the page, unless the timeline has the focus: nobody is caught in it on the way down.
   plot.addEventListener("wheel", (event) => {
@@ -449,6 +452,7 @@
     if (!pinch && (event.shiftKey || document.activeElement !== plot)) return;
     event.preventDefault();
     cancelAnimationFrame(gliding);
+    if (!pinned) select(null); // Something else comes to lie under the mouse.
     const perLine = event.deltaMode ? 16 : 1, sideways = (event.deltaX * perLine) / scale();
     const at = toTime(event.clientX - plot.getBoundingClientRect().left);
     const [from, to] = zoomed(1.0018 ** Math.max(-400, Math.min(400, event.deltaY * perLine * (pinch ? 2 : 1))), at);
@@ -457,7 +461,7 @@
 
   let drag = null;
   plot.addEventListener("pointerdown", (event) => {
-    if (event.button || event.target === tip) return;
+    if (event.button) return;
     drag = { x: event.clientX, y: event.clientY, lo, hi, scroll: view.scrollTop, moved: false };
     plot.setPointerCapture(event.pointerId);
   });

@@ -222,10 +222,6 @@ def _nbytes(nbytes: float) -> str:
     return f"{nbytes:.0f} B" if not power else f"{nbytes / 1000**power:.3g} {'_kMGT'[power]}B"
 
 
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
 def _decimal(value: float) -> str:
     return f"{value:.3g}"
 
@@ -251,12 +247,12 @@ _TABLES: Final[tuple[tuple[str, tuple[tuple[str, str, Callable[[Any], str]], ...
     (
         "Work",
         (
-            ("tasks", "tasks", _count),
-            ("batches", "batches", _count),
-            ("n_jobs", "jobs at once", _count),
-            ("tasks_restored", "tasks from the checkpoint", _count),
-            ("retries", "batches run again", _count),
-            ("lost_workers", "workers lost", _count),
+            ("tasks", "tasks", str),
+            ("batches", "batches", str),
+            ("n_jobs", "jobs at once", str),
+            ("tasks_restored", "tasks from the checkpoint", str),
+            ("retries", "batches run again", str),
+            ("lost_workers", "workers lost", str),
         ),
     ),
     (
@@ -272,10 +268,10 @@ _TABLES: Final[tuple[tuple[str, tuple[tuple[str, str, Callable[[Any], str]], ...
     (
         "Shared work",
         (
-            ("fits_run", "common fits run", _count),
-            ("fits_shared", "fits shared instead", _count),
-            ("transforms_run", "common transforms run", _count),
-            ("transforms_shared", "transforms shared instead", _count),
+            ("fits_run", "common fits run", str),
+            ("fits_shared", "fits shared instead", str),
+            ("transforms_run", "common transforms run", str),
+            ("transforms_shared", "transforms shared instead", str),
             ("seconds_saved", "time saved", readable_seconds),
         ),
     ),
@@ -304,7 +300,7 @@ def _summary(report: Mapping[str, Any], timeline: Timeline) -> str:
     text += f"{_counted(n_batches, 'batch')}, {_counted(len(timeline.spans) - n_batches, 'phase')} "
     text += f"on {_counted(len(timeline.rows), 'row')}"
     if timeline.n_omitted:
-        text += f"; {timeline.n_omitted:,} batches more were not recorded"
+        text += f"; {timeline.n_omitted} batches more were not recorded"
     elif shown != tasks:
         text += f"; {_counted(shown, 'task')} in the timeline"
     return text
@@ -312,7 +308,7 @@ def _summary(report: Mapping[str, Any], timeline: Timeline) -> str:
 
 def _counted(count: int, noun: str) -> str:
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{count:,} {noun if count == 1 else plural}"
+    return f"{count} {noun if count == 1 else plural}"
 
 
 def n_tasks(timeline: Timeline) -> int:
@@ -373,7 +369,7 @@ def _marks(timeline: Timeline) -> str:
         for mark in marks[:MARKS_LISTED]
     ]
     more = f"<p>{len(marks) - MARKS_LISTED} more are in the timeline.</p>" if len(marks) > MARKS_LISTED else ""
-    return _listed("Events", ("after", "where", "what", ""), lines) + more
+    return _listed("Events", ("after", "where", "what", "detail"), lines) + more
 
 
 def _messages(messages: Iterable[Mapping[str, Any]]) -> str:
