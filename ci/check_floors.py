@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "joblib_backends"
 #: From the ground up. Files on one line share a floor and may not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("version.py", "timeline/__init__.py", "timeline/model.py"),
-    ("timeline/phases.py", "timeline/clocks.py"),
+    ("timeline/phases.py", "timeline/clocks.py", "timeline/page.py"),
     ("errors.py",),
     ("config.py",),
     ("crew.py", "memory.py"),

@@ -1,5 +1,6 @@
 """What is recorded of a call, on one clock, and the trace files that are written of it."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -141,7 +142,7 @@ def check_order(report):
         assert span.kind in KINDS
     for row in range(len(timeline.rows)):
         batches = sorted((span.start, span.seconds) for span in timeline.spans if span.row == row and span.n_tasks)
-        for (start, seconds), (following, _) in zip(batches, batches[1:], strict=False):
+        for (start, seconds), (following, _) in itertools.pairwise(batches):
             assert start + seconds <= following + 1e-6
 
 
@@ -317,7 +318,7 @@ def test_scripts_that_a_script_starts_write_traces_of_their_own(tmp_path):
     for _ in range(2):  # again: the trace of a process that is gone is replaced
         subprocess.run([sys.executable, str(script), "outer"], check=True, env={**os.environ, **variables}, timeout=60)
         assert [report["tasks"] for report, _ in calls_in(path.read_text())] == [3, 4]
-    inner_ones = [found for found in tmp_path.glob("run-*.json")]
+    inner_ones = list(tmp_path.glob("run-*.json"))
     assert len(inner_ones) == 2
     assert [report["tasks"] for found in inner_ones for report, _ in calls_in(found.read_text())] == [4, 4]
 
@@ -338,9 +339,9 @@ def test_threads_add_their_calls_to_one_trace(tmp_path):
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning_and_the_results_are_there(tmp_path):
-    with parallel_backend("hybrid", tier="threads", n_jobs=2, trace=tmp_path / "none" / "run.json"):
-        with pytest.warns(EnvironmentWarning, match=r"run\.json' cannot be written: .*No such file"):
-            assert Parallel()(delayed(square)(i) for i in range(4)) == [0, 1, 4, 9]
+    backend = parallel_backend("hybrid", tier="threads", n_jobs=2, trace=tmp_path / "none" / "run.json")
+    with backend, pytest.warns(EnvironmentWarning, match=r"run\.json' cannot be written: .*No such file"):
+        assert Parallel()(delayed(square)(i) for i in range(4)) == [0, 1, 4, 9]
 
 
 def test_reports_are_saved_as_pages_and_traces(tmp_path):
