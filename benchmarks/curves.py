@@ -121,7 +121,7 @@ def report(calls: Sequence[tuple[str, float, float]]) -> str:
         "",
         "### Constants",
         "",
-        "What a tier costs in the parent: once per call, per batch, and per task whatever else runs; and how long a batch "
+        "What a tier costs in the parent: once per call, per batch, and per task whatever else runs; how long a batch "
         "should run.",
         "",
         "| tier | call | batch | task | batch runs |",
