@@ -9,7 +9,9 @@ readers do not see say more of a block::
     -->
 """
 
+import argparse
 import ast
+import json
 import os
 import re
 import shlex
@@ -153,6 +155,33 @@ def test_the_reference_names_every_public_name():
     assert [name for name in joblib_backends.__all__ if not re.search(rf"joblib_backends[.\w]*\.{name}\b", text)] == []
 
 
+def commands_and_options(parsers=None, command=""):
+    """Yield each command, and each option that its help shows."""
+    for action in (parsers or parser())._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from commands_and_options(below, f"{command} {name}".strip())
+        elif action.option_strings and action.help != argparse.SUPPRESS:
+            yield command, action.option_strings[-1]
+
+
+def test_the_reference_names_every_command_and_option():
+    lines = re.findall(r"^\| `(.+?)` \|", PAGES["docs/reference.md"].read_text(encoding="utf-8"), re.MULTILINE)
+    for command, option in commands_and_options():
+        of_command = [line for line in lines if line.startswith(command)]
+        assert of_command, command
+        assert option == "--help" or any(option in line for line in of_command), (command, option)
+
+
+def test_the_saved_curves_are_the_planners(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import curves
+
+    calls = curves.predicted_and_measured(json.loads((curves.RESULTS / "auto.json").read_text(encoding="utf-8")))
+    # python benchmarks/curves.py --save, and the tables of docs/how-it-decides.md
+    assert (curves.RESULTS / "curves.md").read_text(encoding="utf-8") == curves.report(calls)
+
+
 # ---- links
 
 
@@ -190,6 +219,12 @@ def test_every_page_of_the_site_is_in_its_table_of_contents():
         re.MULTILINE,
     )
     assert sorted(listed) == sorted(path.stem for path in (ROOT / "docs").glob("*.md") if path.stem != "index")
+
+
+def test_no_page_has_the_name_of_one_that_sphinx_makes():
+    # Sphinx writes its own over it, and says nothing.
+    made = {"search", "genindex", "py-modindex"}
+    assert made.isdisjoint(path.stem for path in (ROOT / "docs").glob("*.md"))
 
 
 def test_what_builds_the_site_is_in_the_extra():
