@@ -22,6 +22,7 @@ import tomllib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import joblib
 import pytest
 
 from joblib_backends import config
@@ -80,6 +81,7 @@ def of_language(language):
 # ---- Python
 
 
+@pytest.mark.skipif(joblib.cpu_count() < 2, reason="on one core n_jobs=-1 is a plain loop, which leaves no report")
 @pytest.mark.parametrize("name", [name for name in WITH_CODE if program_of(PAGES[name])])
 def test_the_python_blocks_of_a_page_run(name, tmp_path):
     pytest.importorskip("sklearn", reason="the extra 'sklearn' is not installed")
