@@ -6,9 +6,26 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
-__all__ = ["CallReport", "Tally", "announce", "last_report", "record"]
+__all__ = ["CallReport", "Message", "Tally", "announce", "last_report", "record"]
+
+#: Messages of tasks that a report keeps, of those that differ.
+_MOST_MESSAGES: Final = 20
+
+
+class Message(NamedTuple):
+    """What tasks on workers said."""
+
+    #: A log level, the name of a warning's class, or "print".
+    kind: str
+    #: Its first line.
+    text: str
+    count: int  # type: ignore[assignment]  # of tuple, which nobody counts in
+    #: The first task that said it.
+    task: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,8 @@ class CallReport:
         first.
     tasks_restored : int
         Tasks of ``tasks`` whose results came from the checkpoint and did not run.
+    messages : tuple of Message
+        What tasks on workers logged, warned of and, in a notebook, printed: the first 20 that differ.
     """
 
     function: str
@@ -83,6 +102,7 @@ class CallReport:
     retries: int = 0
     lost_workers: int = 0
     tasks_restored: int = 0
+    messages: tuple[Message, ...] = ()
 
     def __str__(self) -> str:
         outcome = "failed after" if self.failed else "done in"
@@ -124,6 +144,7 @@ class Tally:
     retries: int = 0
     lost_workers: int = 0
     tasks_restored: int = 0
+    messages: dict[tuple[str, str], Message] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -161,6 +182,15 @@ class Tally:
             self.tasks += n_tasks
             self.tasks_restored += n_tasks
 
+    def add_messages(self, messages: Iterable[tuple[str, str, str]]) -> None:
+        """Count messages, given by kind, text and task."""
+        with self._lock:
+            for kind, text, task in messages:
+                key = (kind, text.strip().partition("\n")[0])
+                if key in self.messages or len(self.messages) < _MOST_MESSAGES:
+                    first = self.messages.get(key, Message(*key, 0, task))
+                    self.messages[key] = first._replace(count=first.count + 1)
+
     def explain(self, reasons: dict[str, str]) -> None:
         """Put better reasons in the place of those of tiers that were used."""
         with self._lock:
@@ -188,6 +218,7 @@ class Tally:
             retries=self.retries,
             lost_workers=self.lost_workers,
             tasks_restored=self.tasks_restored,
+            messages=tuple(self.messages.values()),
         )
 
 

@@ -53,7 +53,7 @@ from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
 from .errors import BatchDataLostError, BatchTimeoutError
-from .labels import label_of
+from .labels import label_of, task_name
 from .opening import Opening
 from .pilot import Pilot
 from .randomness import task_randomness
@@ -61,6 +61,7 @@ from .recovery import is_fault
 from .relief import Relief
 from .report import CallReport, Tally
 from .rescue import Rescue
+from .retelling import retell
 from .router import Nested, Router
 from .sharing.call import SharedFits
 from .tiers import Tier, Work
@@ -583,6 +584,8 @@ class Call:
             outcome = Outcome(None, error)
             fault = error if is_fault(error) else None
         try:
+            if outcome.said and fault is None and not self.has_failed:
+                self._tally.add_messages(retell(outcome.said, functools.partial(task_name, batch)))
             self._settle(batch, outcome, fault)
         except BaseException as error:
             # A warning that the user has made an error, say: whoever waits for the batch is told.
