@@ -13,8 +13,8 @@ Who hears what: several threads of a Dask worker run batches of several calls, a
 threads that run it: its own, and those of the crew that it sets to work. A process worker runs one batch at a time, and
 that hears every thread. What nobody hears goes where it would go without us.
 
-The handler is there only while batches run, and stands back wherever anybody has configured logging. It is one of the
-root logger, not ``logging.lastResort``, which never sees a record of a library that has a ``NullHandler``.
+In a Dask worker the handler is there only while batches run. It stands back wherever anybody has configured logging.
+It is one of the root logger, not ``logging.lastResort``, which never sees a record of a library with a ``NullHandler``.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def hearing(listening: Listening, *, is_worker: bool, is_alone: bool) -> Iterato
     finally:
         _heard.reset(token)
         _Process.sole = None if is_alone else _Process.sole
-        _end()
+        _end(stays=is_alone)
 
 
 @contextlib.contextmanager
@@ -203,18 +203,21 @@ def _begin(listening: Listening) -> None:
         _Process.n_batches += 1
         _Process.is_hearing = True
         # Each time: a task may have configured logging anew, and taken it out.
-        logging.getLogger().addHandler(_handler)
-        logging.basicConfig = _basic_config
+        if _handler not in logging.getLogger().handlers:
+            logging.getLogger().addHandler(_handler)
+        if logging.basicConfig is _standard_basic_config:
+            logging.basicConfig = _basic_config
         _take_warnings()
         if listening.hears_prints:
             _route("stdout")
             _route("stderr")
 
 
-def _end() -> None:
+def _end(*, stays: bool) -> None:
     with _Process.lock:
         _Process.n_batches -= 1
-        if not _Process.n_batches:
+        # In a process of ours it may stay: to put it there takes longer than all else here.
+        if not _Process.n_batches and not stays:
             logging.getLogger().removeHandler(_handler)
 
 

@@ -7,6 +7,7 @@ error would come from nowhere, and after the task. Such a warning is shown.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import warnings
@@ -47,8 +48,10 @@ def retell(said: Iterable[Said], name_of: Callable[[int], str]) -> list[Retold]:
         What the parent's levels let pass, and every warning, whatever the parent's filters do with it.
     """
     retold = []
+    # A search's candidate takes some time to name, and may warn often.
+    names = functools.cache(name_of)
     for message in said:
-        task = name_of(message.place)
+        task = names(message.place)
         try:
             one = _retell_one(message, task)
         except Exception as error:
@@ -92,6 +95,8 @@ def _warn_again(message: SaidWarning, task: str) -> Retold:
     except Warning as error:
         if error is not warning:
             raise
+        # It has the frames of this call, which have it.
+        warning.with_traceback(None)
         warnings.showwarning(warning, category, filename, lineno)
     return Retold(message.category, message.text, task)
 
