@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_hybrid
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -23,10 +23,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from joblib_backends import last_report
+from joblib_backends.budget import is_daemonic
+from joblib_backends.errors import BatchDataLostError, DataLostError
 from joblib_backends.hearing import Heard, Listening, belonging_to, current, hearing
 from joblib_backends.messages import OmittedMessages, SaidPrint, SaidRecord, SaidWarning
 from joblib_backends.report import Message
 from joblib_backends.retelling import retell
+from joblib_backends.tiers import fake
+from joblib_backends.worker import Outcome
 from joblib_backends.workers.pool import WorkerPool
 
 #: Tiers whose workers are other processes; in the parent everybody hears what is said.
@@ -79,6 +83,19 @@ def texts(records):
 
 
 # ---- tasks
+
+
+def call_elsewhere(function, i):
+    """Call a function in two tasks of a task, in worker processes of the worker if it has the cores."""
+    with parallel_config("hybrid", tier="processes"):
+        pids = Parallel(n_jobs=2)(delayed(and_pid)(function, 10 * i + k) for k in range(2))
+    # A Dask worker gives a task one core: there it calls them itself.
+    assert is_daemonic() or os.getpid() not in pids
+
+
+def and_pid(function, i):
+    function(i)
+    return os.getpid()
 
 
 class Odd(UserWarning):
@@ -142,7 +159,8 @@ def log_in_threads(i):
     def say(k):
         log.warning("number %d.%d", i, k)
 
-    Parallel(n_jobs=2, backend="hybrid", prefer="threads")(delayed(say)(k) for k in range(3))
+    with parallel_config("hybrid", tier="threads"):
+        Parallel(n_jobs=2)(delayed(say)(k) for k in range(3))
 
 
 def log_in_own_thread(i):
@@ -153,7 +171,7 @@ def log_in_own_thread(i):
 
 def log_in_calls(i):
     log.warning("outer %d", i)
-    Parallel(n_jobs=2, backend="hybrid")(delayed(log_one)(10 * i + k) for k in range(2))
+    call_elsewhere(log_one, i)
 
 
 def log_and_fail(i):
@@ -210,7 +228,7 @@ def warn_recorded(i):
 
 
 def warn_in_calls(i):
-    Parallel(n_jobs=2, backend="hybrid")(delayed(warn_one)(10 * i + k) for k in range(2))
+    call_elsewhere(warn_one, i)
 
 
 def print_one(i):
@@ -221,7 +239,7 @@ def print_one(i):
 
 def print_in_calls(i):
     print("outer", i)
-    Parallel(n_jobs=2, backend="hybrid")(delayed(print_one)(10 * i + k) for k in range(2))
+    call_elsewhere(print_one, i)
 
 
 # ---- log records
@@ -345,6 +363,16 @@ def test_a_task_that_fails_is_heard_first(hybrid, heard):
     assert texts(heard) == ["number 0"]
 
 
+def test_a_batch_that_lost_its_data_is_heard_when_it_ran(request, monkeypatch, capsys):
+    lost = BatchDataLostError.like(DataLostError(2, "gone", "/nowhere"))
+    outcomes = [Outcome(None, lost, said=(SaidPrint(0, "stdout", ["lost\n"]),))]
+    outcomes.append(Outcome([1], None, said=(SaidPrint(0, "stdout", ["found\n"]),)))
+    monkeypatch.setattr(fake, "unpack", lambda packed: outcomes.pop(0))
+    with make_hybrid("fake", request)():
+        assert Parallel(n_jobs=2)([delayed(log_one)(1)]) == [1]
+    assert capsys.readouterr().out == "found\n"
+
+
 @pytest.mark.breaks_pool
 @pytest.mark.filterwarnings("ignore::joblib_backends.errors.RecoveryWarning")
 def test_a_worker_that_dies_says_nothing_twice(processes, heard, tmp_path):
@@ -362,13 +390,14 @@ def test_a_forked_child_says_what_it_says_where_it_is(processes, heard, new_work
     assert capfd.readouterr().err.splitlines() == ["child", "child"]
 
 
-def test_calls_in_tasks_are_heard_once_with_both_tasks(hybrid, heard):
+def test_calls_in_tasks_are_heard_once_with_both_tasks(hybrid, tier, heard):
     with hybrid():
         Parallel(batch_size=1)(delayed(log_in_calls)(i) for i in range(2))
     assert texts(heard) == ["number 0", "number 1", "number 10", "number 11", "outer 0", "outer 1"]
     tasks = {record.getMessage(): record.joblib_task for record in heard}
     assert tasks["outer 1"] == "task 1 of log_in_calls"
-    assert "task 1 of log_in_calls" in tasks["number 11"]
+    inner = "" if tier == "dask" else "task 1 of and_pid, in "
+    assert tasks["number 11"] == f"{inner}task 1 of log_in_calls"
 
 
 def test_what_is_too_much_is_counted(processes, heard):
