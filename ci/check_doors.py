@@ -173,7 +173,8 @@ RULES = (
     ),
     # What a worker takes over from its parent is the environment itself, not what it says about us.
     Door("the environment", ("config.py", "workers/preparation.py"), environment_access),
-    Door("printing", ("report.py", "progress.py", "__main__.py"), printing),
+    # What tasks print on workers goes through the last two.
+    Door("printing", ("report.py", "progress.py", "__main__.py", "hearing.py", "retelling.py"), printing),
 )
 
 

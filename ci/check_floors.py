@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "joblib_backends"
 
 #: From the ground up. Files on one line share a floor and may not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("version.py", "timeline/__init__.py", "timeline/model.py"),
-    ("timeline/phases.py", "timeline/clocks.py", "timeline/page.py"),
+    ("version.py", "timeline/__init__.py", "timeline/model.py", "messages.py"),
+    ("timeline/phases.py", "timeline/clocks.py", "timeline/page.py", "hearing.py"),
     ("errors.py",),
     ("config.py",),
     ("crew.py", "memory.py"),
@@ -88,7 +88,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint/identity.py",),
     ("checkpoint/call.py",),
     ("batches.py",),
-    ("labels.py", "progress.py"),
+    ("labels.py", "progress.py", "retelling.py"),
     ("recovery.py", "completer.py", "opening.py", "allotment.py"),
     ("rescue.py",),
     ("randomness.py",),

@@ -7,6 +7,7 @@ The threads are daemons: a task that hangs delays neither Ctrl-C nor the end of 
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -15,6 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+from .hearing import Heard, belonging_to, current
 
 __all__ = ["Crew"]
 
@@ -59,7 +62,13 @@ class Crew:
         return f"<Crew {len(self._roster.idle)} idle threads>"
 
     def run(self, body: Body) -> None:
-        """Run ``body``, which must not raise, in an idle thread or a new one."""
+        """Run ``body``, which must not raise, in an idle thread or a new one.
+
+        In a worker, the batch that is heard in the calling thread hears that one, too.
+        """
+        heard = current()
+        if heard is not None:
+            body = functools.partial(_run_heard, heard, body)
         try:
             inbox = self._roster.idle.pop()
         except IndexError:
@@ -67,6 +76,11 @@ class Crew:
             name = "joblib_backends-crew"
             threading.Thread(target=_serve, args=(self._roster, inbox), name=name, daemon=True).start()
         inbox.put(body)
+
+
+def _run_heard(heard: Heard, body: Body) -> None:
+    with belonging_to(heard):
+        body()
 
 
 def _serve(roster: _Roster, inbox: _Inbox) -> None:

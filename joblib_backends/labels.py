@@ -11,7 +11,7 @@ from .sharing import sklearn_inside
 from .timeline.recorder import BatchRecord
 from .worker import Outcome, task_names
 
-__all__ = ["description_of", "label_of", "record_of"]
+__all__ = ["description_of", "label_of", "record_of", "task_name"]
 
 #: Characters of a task's arguments in messages.
 _ARGUMENTS_SHOWN: Final = 200
@@ -68,6 +68,16 @@ def description_of(batch: Batch) -> str:
     """Return which tasks a batch has, with their arguments if it is a single one, for messages."""
     items = batch.items
     return f"{_places(batch)}{_arguments(*items[0])}" if items and batch.size == 1 else _places(batch)
+
+
+def task_name(batch: Batch, place: int) -> str:
+    """Return what the task at a place in a batch is called, for what it says; all of them for -1."""
+    name, items = task_names(batch.function), batch.items
+    if not 0 <= place < batch.size:
+        return f"{_places(batch)} of {name}"
+    of_search = sklearn_inside.description_of(*items[place]) if items else None
+    task = f"task {batch.first_task + batch.positions[place]} of {name}"
+    return task if of_search is None else f"{task} ({of_search})"
 
 
 def _places(batch: Batch) -> str:

@@ -68,7 +68,8 @@ def run_remotely(
         return Missing(worker, missing)
     is_far = place_of_this_process() != place
     with resolving(remote_objects, _WorkerScope.get()), comparing_files() if is_far else contextlib.nullcontext():
-        return run_payload(moved_files(wire, moved), owns_process=process_identity() != origin)
+        owns_process = process_identity() != origin
+        return run_payload(moved_files(wire, moved), owns_process=owns_process, is_alone=False)
 
 
 def can_read(path: str) -> bool:

@@ -13,14 +13,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from .errors import ConfigurationError
 from .timeline.model import Timeline
 from .timeline.recorder import MOST_RECORDED
 from .wording import readable_nbytes, readable_seconds
 
-__all__ = ["CallReport", "announce", "last_report", "record", "reports"]
+__all__ = ["CallReport", "Message", "announce", "last_report", "record", "reports"]
+
+
+class Message(NamedTuple):
+    """What tasks on workers said."""
+
+    #: A log level, the name of a warning's class, or "print".
+    kind: str
+    #: Its first line.
+    text: str
+    count: int  # type: ignore[assignment]  # of tuple, which nobody counts in
+    #: The first task that said it.
+    task: str
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,8 @@ class CallReport:
         bytes; data that is mapped counts in each. 0 where the system does not tell.
     costly_argument : str
         What most of ``encode_seconds`` went into, where that was looked at; else empty.
+    messages : tuple of Message
+        What tasks on workers logged, warned of and, in a notebook, printed: the first 20 that differ.
     advice : tuple of str
         What to change, where something took time that need not be. Empty if all is well.
     """
@@ -140,6 +154,7 @@ class CallReport:
     longest_task: int = -1
     peak_nbytes: int = 0
     costly_argument: str = ""
+    messages: tuple[Message, ...] = ()
     advice: tuple[str, ...] = ()
     #: What makes the timeline, and the number of batches that are recorded for it.
     _timeline: Callable[[], Timeline] | None = field(default=None, repr=False, compare=False)
@@ -168,7 +183,7 @@ class CallReport:
         found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if not one.name.startswith("_")}
         started = datetime.fromtimestamp(self.started_at).astimezone().isoformat()
         found |= {"speed_up": self.speed_up, "cores_used": self.cores_used, "started_at": started}
-        return {**found, "advice": list(self.advice)}
+        return {**found, "advice": list(self.advice), "messages": [one._asdict() for one in self.messages]}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], timeline: Timeline | None = None) -> CallReport:
@@ -177,6 +192,7 @@ class CallReport:
         known = {name: value for name, value in content.items() if name in names}
         known["started_at"] = round(datetime.fromisoformat(known["started_at"]).timestamp(), 6)
         known["advice"] = tuple(known.get("advice", ()))
+        known["messages"] = tuple(Message(**one) for one in known.get("messages", ()))
         return cls(**known, _timeline=None if timeline is None else lambda: timeline)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -237,6 +253,8 @@ class CallReport:
             lines.append(("kept", f"{self.tasks_restored} of {self.tasks} tasks were in the checkpoint"))
         if self.fits_run + self.fits_shared:
             lines.append(("shared", self._shared()))
+        if self.messages:
+            lines.append(("said", self._said()))
         return [*lines, *(("advice", sentence) for sentence in self.advice)]
 
     def _time(self) -> str:
@@ -259,6 +277,11 @@ class CallReport:
         moved, saved = readable_nbytes(self.nbytes_moved), readable_nbytes(self.nbytes_saved)
         results = f", {readable_nbytes(self.nbytes_results)} of results" if self.nbytes_results else ""
         return f"{moved} moved, {saved} not moved again, {readable_nbytes(self.nbytes_pickled)} pickled{results}"
+
+    def _said(self) -> str:
+        first, n_all = self.messages[0], sum(one.count for one in self.messages)
+        others = "" if n_all == 1 else f"; {n_all} messages in all"
+        return f"{first.kind}: {first.text} ({first.task}{others})"
 
     def _shared(self) -> str:
         n_fits, n_transforms = self.fits_run + self.fits_shared, self.transforms_run + self.transforms_shared

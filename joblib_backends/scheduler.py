@@ -55,7 +55,7 @@ from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
 from .errors import BatchDataLostError, BatchTimeoutError
-from .labels import label_of, record_of
+from .labels import label_of, record_of, task_name
 from .opening import Opening
 from .pilot import Pilot
 from .randomness import task_randomness
@@ -63,6 +63,7 @@ from .recovery import is_fault
 from .relief import Relief
 from .report import CallReport
 from .rescue import Rescue
+from .retelling import retell
 from .router import Nested, Router
 from .sharing.call import SharedFits
 from .tally import Tally
@@ -596,6 +597,8 @@ class Call:
         if batch.started:
             self._note_way(batch, outcome, received, decode_s, fault)
         try:
+            if outcome.said and fault is None and not self.has_failed:
+                self._tally.add_messages(retell(outcome.said, functools.partial(task_name, batch)))
             self._settle(batch, outcome, fault)
         except BaseException as error:
             # A warning that the user has made an error, say: whoever waits for the batch is told.

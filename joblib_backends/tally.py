@@ -6,12 +6,16 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
-from .report import CallReport
+from .report import CallReport, Message
 from .timeline.recorder import Recorder
 from .worker import Outcome, peak_nbytes_of_process
 
 __all__ = ["Tally"]
+
+#: Messages of tasks that a report keeps, of those that differ.
+_MOST_MESSAGES: Final = 20
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Tally:
     retries: int = 0
     lost_workers: int = 0
     tasks_restored: int = 0
+    messages: dict[tuple[str, str], Message] = field(default_factory=dict)
     #: Names of the argument that took most of the time to encode.
     costly_argument: str = ""
     started: float = field(default_factory=time.perf_counter)
@@ -121,6 +126,15 @@ class Tally:
             self.tasks += n_tasks
             self.tasks_restored += n_tasks
 
+    def add_messages(self, messages: Iterable[tuple[str, str, str]]) -> None:
+        """Count messages, given by kind, text and task."""
+        with self._lock:
+            for kind, text, task in messages:
+                key = (kind, text.strip().partition("\n")[0])
+                if key in self.messages or len(self.messages) < _MOST_MESSAGES:
+                    first = self.messages.get(key, Message(*key, 0, task))
+                    self.messages[key] = first._replace(count=first.count + 1)
+
     def explain(self, reasons: dict[str, str]) -> None:
         """Put better reasons in the place of those of tiers that were used."""
         with self._lock:
@@ -164,6 +178,7 @@ class Tally:
             longest_task=self.longest_task,
             peak_nbytes=max(self.peak_nbytes, peak_nbytes_of_process() if shares_memory else 0),
             costly_argument=self.costly_argument,
+            messages=tuple(self.messages.values()),
             _timeline=None if recorder is None else lambda: recorder.timeline(self.started),
             _n_recorded=0 if recorder is None else len(recorder),
         )

@@ -26,6 +26,8 @@ from joblib import parallel_config
 from .budget import Share, keep_limits, keep_thread_limits, limited, using
 from .data.codec import Wire, describe, load
 from .errors import BatchDataLostError, DataLostError, RemoteTraceback, ResultPicklingError, TaskLoadError
+from .hearing import Heard, hearing, is_hearing_process
+from .messages import Said
 from .timeline.phases import Phase, gathered
 
 try:
@@ -86,12 +88,14 @@ class Outcome:
     results: list[Any] | None
     error: BaseException | None
     spent: Spent = _NOTHING
+    #: What the tasks said, where nobody could hear them.
+    said: tuple[Said, ...] = ()
     #: Bytes in which the results came; 0 where memory is shared.
     nbytes: int = 0
 
 
-#: An outcome on its way back: whether it succeeded, the pickle of results or exception, what it took.
-PackedOutcome = tuple[bool, bytes, Spent]
+#: An outcome on its way back: whether it succeeded, the pickle of results or exception, what it took, what was said.
+PackedOutcome = tuple[bool, bytes, Spent, tuple[Said, ...]]
 
 
 #: A batch that is shorter is not worth the 12 µs that it takes to ask the system how long its thread was kept waiting.
@@ -205,11 +209,19 @@ def run_here(function: Callable[[], Any], share: Share, initializer: Callable[[]
             return Outcome(None, error, watch.spent(phases))
 
 
-def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
+def run_payload(wire: Wire, *, owns_process: bool = True, is_alone: bool = True) -> PackedOutcome:
     """Run an encoded batch in this process and return its packed outcome. Called by executors in workers.
 
-    A process that is not a worker's own (a Dask worker thread inside the parent) gets its thread limits back.
+    A process that is not a worker's own (a Dask worker thread inside the parent) gets its thread limits back. One that
+    is not ``is_alone`` runs tasks of others, too.
     """
+    is_worker = owns_process or is_hearing_process()
+    with hearing(wire[5], is_worker=is_worker, is_alone=owns_process and is_alone) as heard:
+        succeeded, packed, spent = _run_heard(wire, owns_process, heard)
+        return succeeded, packed, spent, heard.end()
+
+
+def _run_heard(wire: Wire, owns_process: bool, heard: Heard) -> tuple[bool, bytes, Spent]:
     watch = Stopwatch(of_process=owns_process)
     cores, limits = wire[3]
     with gathered() as phases:
@@ -217,7 +229,7 @@ def run_payload(wire: Wire, *, owns_process: bool = True) -> PackedOutcome:
             if owns_process:
                 keep_limits(limits)
             with limited({} if owns_process else limits), using(cores):
-                results = _run_tasks(wire, limits if owns_process else {}, watch)
+                results = _run_tasks(wire, limits if owns_process else {}, watch, heard)
             began = time.perf_counter()
             packed = _pack_results(results)
             watch.pack = time.perf_counter() - began
@@ -231,7 +243,7 @@ def unpack(outcome: PackedOutcome) -> Outcome:
 
     What a worker could pack and the parent cannot load becomes a :class:`ResultPicklingError`.
     """
-    succeeded, packed, spent = outcome
+    succeeded, packed, spent, said = outcome
     try:
         loaded = pickle.loads(packed)
     except Exception as error:
@@ -240,16 +252,16 @@ def unpack(outcome: PackedOutcome) -> Outcome:
             "Is it an object whose class cannot be rebuilt from its pickle?"
         )
         failure.__cause__ = error
-        return Outcome(None, failure, spent)
+        return Outcome(None, failure, spent, said)
     if succeeded:
-        return Outcome(loaded, None, spent, len(packed))
+        return Outcome(loaded, None, spent, said, len(packed))
     raised, text = loaded
     raised.__cause__ = RemoteTraceback(text)
-    return Outcome(None, raised, spent)
+    return Outcome(None, raised, spent, said)
 
 
-def _run_tasks(wire: Wire, limits: dict[str, int], watch: Stopwatch) -> list[Any]:
-    function_pickles, task_pickles, nested, _, initializer = wire
+def _run_tasks(wire: Wire, limits: dict[str, int], watch: Stopwatch, heard: Heard) -> list[Any]:
+    function_pickles, task_pickles, nested, _, initializer, _ = wire
     _initialize_once(initializer)
     backend, n_jobs = pickle.loads(nested)
     results: list[Any] = []
@@ -264,7 +276,7 @@ def _run_tasks(wire: Wire, limits: dict[str, int], watch: Stopwatch) -> list[Any
                 keep_limits(limits)
             results += [
                 (functions[callee] if type(callee) is int else callee)(*args, **kwargs)
-                for callee, args, kwargs in tasks
+                for callee, args, kwargs in heard.each(tasks)
             ]
             del tasks
             began = time.perf_counter()

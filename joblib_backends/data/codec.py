@@ -9,7 +9,7 @@ Who runs where: :class:`Encoder` in the parent, in whichever thread submits; :fu
 
 ::
 
-    Payload.wire = (functions, tasks, nested, share, initializer)    plain builtins, cheap to pickle again
+    Payload.wire = (functions, tasks, nested, share, initializer, listening)    plain builtins, cheap to pickle again
         functions = [(pickle, [BufferRef, ...]), ...]    plain functions, loaded once for the batch
         tasks     = [(pickle of [(function or its position, args, kwargs), ...], [BufferRef, ...]), ...]
 """
@@ -34,6 +34,7 @@ import numpy as np
 from ..budget import Share
 from ..config import Config
 from ..errors import StoreError, TaskPicklingError
+from ..hearing import Listening
 from .arrays import address_of, owns_all, root_owner
 from .costs import ArgumentCosts
 from .hashing import CHECKSUM_NBYTES, checksum, digest_of, is_intact
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 Pickle = tuple[bytes, list[BufferRef]]
-Wire = tuple[list[Pickle], list[Pickle], bytes, Share, bytes]
+Wire = tuple[list[Pickle], list[Pickle], bytes, Share, bytes, Listening]
 
 
 #: Bytes from which a buffer of a scattered object is placed; smaller ones travel as fast in the pickle.
@@ -86,7 +87,7 @@ class Payload:
 
     def sent_with(self, share: Share) -> Wire:
         """Return what travels for a batch that starts with ``share``."""
-        return (*self.wire[:3], share, self.wire[4])
+        return (*self.wire[:3], share, *self.wire[4:])
 
 
 #: Small buffers that are remembered, to be placed when they come again; each is 16 bytes.
@@ -135,6 +136,8 @@ class Encoder:
         self.costs = ArgumentCosts()
         # Scattered objects that are no arrays, in the form in which they were pickled first.
         self._lasting: dict[int, Standalone] = {}
+        # Once for the call.
+        self._listening: Listening | None = None
 
     def scatter(self, values: Iterable[Any]) -> int:
         """Place every buffer of ``values``, whatever its size, until the scope ends; return the bytes moved.
@@ -209,7 +212,10 @@ class Encoder:
             raise _named_error(items, error) from error
         seconds = time.perf_counter() - began
         self.costs.note_batch(seconds)
-        wire = (pickling.functions, tasks, self._pickle_nested(nested), _NO_SHARE, self._initializer)
+        self._listening = self._listening or Listening.now()
+        wire = (
+            pickling.functions, tasks, self._pickle_nested(nested), _NO_SHARE, self._initializer, self._listening
+        )  # fmt: skip
         return Payload(
             wire,
             pickling.residents,
