@@ -125,6 +125,8 @@ WRONG = {
     "security": ["certificate.pem", 3],
     "checkpoint": [3, b"/tmp/a"],
     "progress": ["yes", 1, 0, "Always"],
+    "record": ["yes", 1, 0],
+    "trace": [True, 7, b"run.json"],
     "share_fits": ["yes", 1, 0],
     "share_fits_nbytes": [-1, "ten", 1.5, True],
     "max_nbytes": [-1, "ten", "10X", "", True],

@@ -83,7 +83,8 @@ def version_of(wheel):
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_the_hook(wheel):
-    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "joblib_backends").rglob("*.py")}
+    sources = (path for kind in ("py", "html", "css", "js") for path in (ROOT / "joblib_backends").rglob(f"*.{kind}"))
+    files = {path.relative_to(ROOT).as_posix() for path in sources}
     expected = {*files, "joblib_backends/py.typed", "joblib_backends.pth", "_joblib_backends_hook.py"}
     assert {name for name in names_in(wheel) if ".dist-info/" not in name} == expected
 
@@ -157,7 +158,7 @@ def test_public_names_are_sorted_and_complete():
     }
     assert visible == set(joblib_backends.__all__)
     assert joblib_backends.__all__ == sorted(joblib_backends.__all__)
-    assert len(joblib_backends.__all__) <= 14
+    assert len(joblib_backends.__all__) <= 15
 
 
 def test_public_names_have_docstrings():

@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
 
+from .pickler import Standalone
+
 __all__ = ["ArgumentCosts"]
 
 #: Seconds to encode a batch from which on its arguments are looked at, in the batches that follow.
@@ -51,7 +53,7 @@ class ArgumentCosts:
         ]
         starts.sort(key=lambda start: start[0])
         ends = [start for start, _, _ in starts[1:]] + [ended]
-        for (start, name, value), end in zip(starts, ends, strict=True):
+        for (start, name, value), end in zip(starts, ends, strict=False):  # of builtin types, no start is known
             self._seconds[f"`{name}`, a {_kind_of(value)}"] += end - start
 
     @property
@@ -65,7 +67,7 @@ def _names_of(function: Any, n_args: int) -> list[str]:
     """Return what a function calls its positional arguments."""
     try:
         parameters = inspect.signature(getattr(function, "function", function)).parameters.values()
-    except (TypeError, ValueError):
+    except Exception:  # the user's own __signature__, too: a name is no reason to fail
         parameters = ()  # type: ignore[assignment]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [one.name for one in parameters if one.kind in positional][:n_args]
@@ -73,6 +75,5 @@ def _names_of(function: Any, n_args: int) -> list[str]:
 
 
 def _kind_of(value: Any) -> str:
-    return (
-        type(getattr(value, "value", value)).__name__ if type(value).__name__ == "Standalone" else type(value).__name__
-    )
+    # Of what is pickled apart, it is the object itself that people know.
+    return type(value.value if type(value) is Standalone else value).__name__
