@@ -594,6 +594,10 @@ class Call:
         except BaseException as error:
             outcome, decode_s = Outcome(None, error), 0.0
             fault = error if is_fault(error) else None
+            if fault is not None:
+                # It is dealt with here. Its traceback has this frame, which has it: a cycle that would keep the call,
+                # and the connection to a cluster that is gone, until the garbage collector comes by.
+                fault.__traceback__ = None
         if batch.started:
             self._note_way(batch, outcome, received, decode_s, fault)
         try:

@@ -57,9 +57,11 @@ _inherited: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
 class _Client(distributed.Client):
-    """A client that is closed if it cannot be made.
+    """A client that leaves nothing behind.
 
-    Dask leaves that to its finalizer, which takes a lock that the thread may have in which the collector comes by.
+    Dask leaves one that cannot be made to its finalizer, which takes a lock that the thread may have in which the
+    collector comes by. And one that has closed itself, because its scheduler did not come back, is closed for Dask,
+    whose ``close`` then leaves the thread of its event loop, with three descriptors, for as long as the process lives.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,8 +69,16 @@ class _Client(distributed.Client):
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         except BaseException:
             with contextlib.suppress(Exception):
-                self.close(timeout=_CLOSE_S)  # type: ignore[no-untyped-call]
+                self.close(timeout=_CLOSE_S)
             raise
+
+    def close(self, *args: Any, **kwargs: Any) -> Any:
+        """Close it, and end the thread of its event loop."""
+        try:
+            return super().close(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            if self.status == "closed" and not self.asynchronous:
+                self._loop_runner.stop()  # type: ignore[no-untyped-call]
 
 
 def active_client() -> Any:

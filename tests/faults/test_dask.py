@@ -47,6 +47,7 @@ from joblib import Parallel, delayed, parallel_backend
 from sklearn.model_selection import GridSearchCV
 
 from joblib_backends import last_report
+from joblib_backends.config import Config
 from joblib_backends.errors import (
     ClusterLostError,
     ClusterUnavailableError,
@@ -393,24 +394,60 @@ def test_a_cluster_that_comes_back_is_used_by_the_next_call(make_cluster, tmp_pa
         assert last_report().tier == "dask"
 
 
-def test_twenty_lost_clusters_leave_no_descriptor(make_cluster, tmp_path):
-    def lose_one(turn):
-        cluster, folder = make_cluster(1), tmp_path / str(turn)
-        folder.mkdir()
-        tasks = [delayed(square)(i, str(folder)) for i in range(8)]
-        with hybrid(cluster), recoveries() as found, striking(has_started(folder, 2), cluster.kill_scheduler):
-            assert Parallel(batch_size=1)(tasks) == [i * i for i in range(8)]
-        assert len(found) <= 1
-        cluster.close()
+def lose_one(make_cluster, folder):
+    """Lose a cluster in the midst of a call."""
+    cluster = make_cluster(1)
+    folder.mkdir()
+    tasks = [delayed(square)(i, str(folder)) for i in range(8)]
+    with hybrid(cluster), recoveries() as found, striking(has_started(folder, 2), cluster.kill_scheduler):
+        assert Parallel(batch_size=1)(tasks) == [i * i for i in range(8)]
+    assert len(found) <= 1
+    cluster.close()
 
+
+def test_a_lost_cluster_is_let_go_of_without_the_garbage_collector(make_cluster, tmp_path):
+    def threads():
+        return {
+            thread for thread in threading.enumerate() if thread.name.startswith(("joblib_backends-dask", "IO loop"))
+        }
+
+    before = threads()
+    gc.collect()
+    gc.disable()
+    try:
+        lose_one(make_cluster, tmp_path / "lost")
+        assert eventually(lambda: threads() <= before, PROMPT), threads() - before
+    finally:
+        gc.enable()
+
+
+def test_the_end_of_a_client_that_has_closed_itself_ends_its_thread(make_cluster):
+    """As one does whose scheduler does not come back."""
+    from joblib_backends.cluster.client import connect
+
+    client = connect(Config(), make_cluster(0).address, 10.0)
+    [thread] = [one for one in threading.enumerate() if one.ident == client.sync(ident_of_this_thread)]
+    client.sync(client._close)
+    assert client.status == "closed"
+    assert thread.is_alive()
+    client.close()
+    thread.join(PROMPT)
+    assert not thread.is_alive()
+
+
+async def ident_of_this_thread():
+    return threading.get_ident()
+
+
+def test_twenty_lost_clusters_leave_no_descriptor(make_cluster, tmp_path):
     def descriptors():
         return psutil.Process().num_fds()
 
     for turn in range(3):  # what is opened once for the process
-        lose_one(turn)
+        lose_one(make_cluster, tmp_path / str(turn))
     before = descriptors()
     for turn in range(3, 23):
-        lose_one(turn)
+        lose_one(make_cluster, tmp_path / str(turn))
     # Sockets of Dask's that are on their way out, and never one for each cluster.
     assert eventually(lambda: descriptors() <= before + 8, PROMPT), (before, descriptors())
 

@@ -487,12 +487,21 @@ def test_nothing_is_left_on_a_host_after_a_killed_worker_when_the_last_one_ends(
 
     with on_dask(cluster), while_held(tmp_path, 3, blow):
         assert fingerprints(data, tmp_path) == expected(data)
+    # A Dask worker that is told to end while it computes again what a killed one had may wait for that for ever.
+    assert eventually(lambda: is_at_rest(cluster), SOON)
     for worker in cluster.workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.terminate()
     assert eventually(lambda: not any(map(is_alive, cluster.workers)), SOON)
     for one in (host, hosts.far[1]):
         assert not our_files(one)
+
+
+def is_at_rest(cluster):
+    """Return whether neither the scheduler nor a worker has anything to do, or to keep."""
+    with cluster.client(n_workers=1) as client:
+        n_known = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+        return not n_known and not any(client.run(lambda dask_worker: len(dask_worker.state.tasks)).values())
 
 
 def our_files(host):
