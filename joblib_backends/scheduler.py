@@ -39,6 +39,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import threading
 import time
 import weakref
@@ -356,7 +357,10 @@ class Call:
             if self._completer.finish_next(0.0) or self._run_one_here():
                 continue
             self.leave_slot()
-            if not self._completer.finish_next(None if end is None else max(0.0, end - time.monotonic())):
+            left_s = math.inf if end is None else max(0.0, end - time.monotonic())
+            # Never longer, though nothing is looked at then: Python handles a signal that comes right before the wait
+            # begins, Ctrl-C say, only when the wait has ended.
+            if not self._completer.finish_next(min(left_s, LOOK_INTERVAL_S)) and not left_s:
                 return future.done()
         return True
 
