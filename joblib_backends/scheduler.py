@@ -39,13 +39,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .advice import advice_for
 from .allotment import Allotment
@@ -73,6 +74,12 @@ from .timeline.recorder import Recorder
 from .worker import Outcome, task_names
 
 __all__ = ["Call"]
+
+_log = logging.getLogger(__name__)
+
+#: Seconds that the caller waits at a time. Python handles a signal that comes right before a wait begins, Ctrl-C say,
+#: only when the wait has ended: under load, one of 60 was lost in a wait without an end.
+_LONGEST_WAIT_S: Final = 0.5
 
 if TYPE_CHECKING:
     # SQLite takes 3 ms to import, which only calls with a checkpoint pay.
@@ -358,9 +365,7 @@ class Call:
                 continue
             self.leave_slot()
             left_s = math.inf if end is None else max(0.0, end - time.monotonic())
-            # Never longer, though nothing is looked at then: Python handles a signal that comes right before the wait
-            # begins, Ctrl-C say, only when the wait has ended.
-            if not self._completer.finish_next(min(left_s, LOOK_INTERVAL_S)) and not left_s:
+            if not self._completer.finish_next(min(left_s, _LONGEST_WAIT_S)) and not left_s:
                 return future.done()
         return True
 
@@ -419,7 +424,9 @@ class Call:
         )
         figures: dict[str, Any] = {} if self._sharing is None else self._sharing.figures()
         report = dataclasses.replace(report, **figures)
-        return dataclasses.replace(report, advice=advice_for(report))
+        report = dataclasses.replace(report, advice=advice_for(report))
+        _log.debug("%s", str(report).partition("\n")[0])
+        return report
 
     # ---- called in the thread that wants a result
 
@@ -581,6 +588,8 @@ class Call:
         running = self._relief.running
         if not self._pilot.replan(self._n_pending_tasks, more_to_come=more, running=running, in_caller=in_caller):
             return
+        plan = self._pilot.plan
+        _log.debug("From here on batches of %s go to %s: %s", self._tally.function, plan.tier, plan.reason)
         self.place_waiting(only_here=False)
         self.start_what_waits()
 

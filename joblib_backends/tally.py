@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from .timeline.recorder import Recorder
 from .worker import Outcome, peak_nbytes_of_process
 
 __all__ = ["Tally"]
+
+_log = logging.getLogger(__name__)
 
 #: Messages of tasks that a report keeps, of those that differ.
 _MOST_MESSAGES: Final = 20
@@ -73,6 +76,7 @@ class Tally:
             if tier in self.reasons:
                 return
             self.reasons[tier] = reason
+        _log.debug("%s goes to %s, n_jobs=%d: %s", self.function, tier, self.n_jobs, reason)
         if self.recorder is not None:
             self.recorder.mark(f"goes to {tier}", reason)
 

@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import LONG, REAL_TIERS, eventually, make_hybrid
+from endings import end_process
 from joblib import Parallel, delayed, parallel_backend, parallel_config
 from sklearn.utils import _openmp_helpers  # noqa: F401  loads an OpenMP runtime, in workers too
 from threadpoolctl import threadpool_info
@@ -116,12 +117,6 @@ def raises_unless_zero(error, index):
     if index:
         raise error
     return index
-
-
-def end_process(how, _):
-    if how == "exit":
-        os._exit(7)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def compiled_frame():

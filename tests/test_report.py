@@ -153,3 +153,17 @@ def test_functools_partials_and_lambdas_have_names():
         Parallel()(delayed(lambda i: i)(i) for i in range(2))
     assert re.search(r"<lambda>$", last_report().function)
     assert joblib.effective_n_jobs(1) == 1
+
+
+def test_each_decision_is_a_line_of_the_log(hybrid, tier, caplog):
+    with caplog.at_level("DEBUG", logger="joblib_backends"), hybrid():
+        Parallel(batch_size=1)(delayed(square)(i) for i in range(3))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("joblib_backends.")]
+    assert f"square goes to {tier}, n_jobs=2: tier={tier!r} was asked for" in lines
+    assert any(line.startswith("square: 3 tasks in 3 batches done in") for line in lines)
+
+
+def test_nothing_is_printed(hybrid, capfd):
+    with hybrid():
+        Parallel(batch_size=1)(delayed(square)(i) for i in range(3))
+    assert capfd.readouterr() == ("", "")

@@ -165,6 +165,19 @@ def test_packages_are_found_in_functions_arguments_and_what_they_hold():
     assert "sklearn" in preload.packages_of([(identity, (own(),), {})])
 
 
+def test_what_a_module_of_the_users_imports_is_needed_by_its_functions(tmp_path, monkeypatch):
+    """A worker imports the module whole, with the user's modules that it imports, whatever of it the function uses."""
+    (tmp_path / "own_outer.py").write_text("import own_inner\n\ndef task():\n    pass\n")
+    (tmp_path / "own_inner.py").write_text("from tqdm import tqdm\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_outer
+
+    try:
+        assert "tqdm" in preload.packages_of([(own_outer.task, (), {})])
+    finally:
+        del sys.modules["own_outer"], sys.modules["own_inner"]
+
+
 class Hostile:
     def __getattr__(self, name):
         raise RuntimeError(name)
@@ -255,6 +268,21 @@ def test_workers_follow_the_environment_and_the_folder(way, request, tmp_path, m
     assert call.submit(os.getenv, "A_VARIABLE").result(LONG) is None
     assert call.submit(os.getenv, "JE_ARROW_MALLOC_CONF").result(LONG) is None
     call.leave()
+
+
+def test_the_server_waits_for_what_the_last_worker_died_over(pool):
+    """To start another takes many times as long as to fork a worker."""
+    call = pool.join(1)
+    assert call.submit(abs, -1).result(LONG) == 1
+    server = ForkServer._current.pid
+    with pytest.raises(WorkerLostError):
+        call.submit(end_process, "SIGKILL").result(LONG)
+    assert call.submit(abs, -2).result(LONG) == 2
+    assert ForkServer._current.pid == server
+    with pytest.raises(WorkerLostError):
+        call.submit(end_process, "SIGKILL").result(LONG)
+    call.leave()
+    assert eventually(lambda: ForkServer._current is None, LONG), "it waits for ever"
 
 
 def test_the_users_number_of_threads_holds_in_a_fork(monkeypatch):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import logging
 import mmap
 import os
 import shutil
@@ -47,6 +48,8 @@ __all__ = [
     "sweep_places",
     "write_all",
 ]
+
+_log = logging.getLogger(__name__)
 
 _FOLDER_PREFIX: Final = "joblib_backends-"
 _LOCK_NAME: Final = "owner.lock"
@@ -348,6 +351,7 @@ class Store:
                 return attempt(place)
             except OSError as error:
                 problems.append(f"{place}: {error.strerror or error}")
+                _log.debug("A buffer of %d bytes goes to the next place: %s", nbytes, problems[-1])
         raise StoreError(
             errno.ENOSPC,
             f"No place has room for a buffer of {nbytes} bytes ({'; '.join(problems)}). "

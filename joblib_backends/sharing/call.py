@@ -82,7 +82,11 @@ class SharedFits:
             return None
         try:
             given = sklearn_inside.arguments_of(*items[0])
-            return cls(config) if sklearn_inside.is_plain_pipeline(given["estimator"]) else None
+            if not sklearn_inside.is_plain_pipeline(given["estimator"]):
+                return None
+            shared = cls(config)
+            _log.debug("Steps that candidates have in common are fitted once for all of them")
+            return shared
         except (StoreError, OSError, TypeError):
             # Nowhere to put anything, or arguments that the function will refuse.
             return None

@@ -85,7 +85,11 @@ class ProcessesTier(Tier):
         """Return what the worker packed."""
         try:
             packed = future.result()
-        except (WorkerLostError, TaskTimeoutError, CancelledError):
+        except (WorkerLostError, TaskTimeoutError):
+            # Those in its place may be the first to be started for such tasks.
+            self._needs_are_known = False
+            raise
+        except CancelledError:
             raise
         except Exception as error:
             raise TaskLoadError(f"A batch could not be sent to a worker process: {_first_line(error)}") from error

@@ -5,6 +5,8 @@ The picture, and who calls what in which thread, are in ``pool.py``.
 
 from __future__ import annotations
 
+import logging
+import math
 import signal
 import threading
 import time
@@ -26,6 +28,12 @@ from .starter import Starter
 
 __all__ = ["PoolCore"]
 
+_log = logging.getLogger(__name__)
+
+#: Seconds for which a pool without workers, and with it the server that forks them, waits for the batch that the last
+#: one died over to come back: to start a server takes 20 times as long as to fork a worker, more with scikit-learn.
+_LINGER_S: Final = 1.0
+
 #: The exit code of what the kernel kills; Windows has no such signal, and never this code.
 _KILLED: Final = -getattr(signal, "SIGKILL", 9)
 
@@ -41,6 +49,8 @@ class PoolCore:
         self._lock = threading.Lock()
         self._roster = Roster()
         self._over: deque[CallQueue] = deque()
+        # When a worker last died over a batch.
+        self._lost_at = -math.inf
         self._collector: Collector | None = None
         self._starter = Starter()
 
@@ -111,6 +121,7 @@ class PoolCore:
 
     def _start(self, tokens: list[object]) -> None:
         if tokens:
+            _log.debug("%d worker processes are started", len(tokens))
             name = "joblib_backends-pool-start"
             arguments = (tokens, self._starter.generation)
             thread = threading.Thread(target=self._start_workers, args=arguments, name=name, daemon=True)
@@ -181,6 +192,8 @@ class PoolCore:
         """Fail what a dead worker ran, and have it replaced while there is work."""
         with self._held() as done:
             running = self._roster.remove(member)
+            if running is not None:
+                self._lost_at = time.perf_counter()
             # Asked about each, or what became of an idle one would be said of the next.
             if end.code == _KILLED and not member.is_doomed and MemoryWatch.shared().has_killed():
                 end = end._replace(how=f"{end.how}, probably by the kernel because memory had run out")
@@ -213,6 +226,9 @@ class PoolCore:
     def _seconds_to_next_look(self, collector: Collector, now: float) -> float | None:
         since = self._roster.end_idle(now - self._idle_timeout_s)
         if not self.n_workers and not self._roster.doomed:
+            linger_s = self._lost_at + _LINGER_S - now
+            if linger_s > 0:
+                return linger_s
             if self._collector is collector:
                 self._collector = None
                 self._starter.forgive()

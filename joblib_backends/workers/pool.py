@@ -22,6 +22,7 @@ Invariants, each tested:
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
 import time
@@ -151,6 +152,8 @@ class WorkerPool(PoolCore):
         """End all workers: idle ones by themselves, busy and starting ones by force. The pool can be used again."""
         with self._held() as done:
             self._starter.generation += 1
+            # Nothing is waited for any more.
+            self._lost_at = -math.inf
             for member in list(self._roster.members):
                 done += lost(self._roster.doom(member), End("the pool of workers was closed"))
             if self._collector is not None:

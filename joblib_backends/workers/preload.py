@@ -127,6 +127,9 @@ def _parts_of(value: Any, found: set[str]) -> Iterator[Any]:
         return
     if isinstance(value, types.ModuleType):
         found.add(value.__name__.partition(".")[0])
+        if not is_installed(value.__name__, value):
+            # The user's own, which a worker imports whole: what it has imported itself comes with it.
+            yield from _imported_by(value, found)
     elif isinstance(value, dict):
         yield from list(value.values())[:_MOST_OBJECTS]
     elif isinstance(value, list | tuple | set | frozenset):
@@ -151,7 +154,10 @@ def _parts_of(value: Any, found: set[str]) -> Iterator[Any]:
 def _parts_of_function(function: types.FunctionType, found: set[str]) -> Iterator[Any]:
     root = _root(function)
     found.add(root)
-    if root not in _BASE and not is_installed(function.__module__, sys.modules.get(function.__module__)):
+    module = sys.modules.get(function.__module__)
+    if root not in _BASE and not is_installed(function.__module__, module):
+        if root != "__main__" and isinstance(module, types.ModuleType):
+            yield module
         # The user's own: what it names is what it will import or use.
         for name in function.__code__.co_names:
             used = function.__globals__.get(name)
@@ -161,6 +167,19 @@ def _parts_of_function(function: types.FunctionType, found: set[str]) -> Iterato
             with contextlib.suppress(ValueError):
                 yield cell.cell_contents
     yield getattr(function, "__wrapped__", None)
+
+
+def _imported_by(module: types.ModuleType, found: set[str]) -> Iterator[types.ModuleType]:
+    """Note the packages of what a module of the user's has at its top, and yield its modules, the user's own too."""
+    for value in list(vars(module).values()):
+        if isinstance(value, types.ModuleType):
+            yield value
+        elif isinstance(value, type | types.FunctionType):
+            root = _root(value)
+            found.add(root)
+            origin = sys.modules.get(value.__module__)
+            if root not in _BASE and origin is not module and isinstance(origin, types.ModuleType):
+                yield origin
 
 
 def _root(value: Any) -> str:
