@@ -23,6 +23,8 @@ from typing import Any
 from machine import describe_machine, machine_line
 from suites import SUITES
 
+import joblib_backends  # noqa: F401  registers the backend
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "reporting.md"
 

@@ -78,7 +78,7 @@ __all__ = ["Call"]
 _log = logging.getLogger(__name__)
 
 #: Seconds that the caller waits at a time. Python handles a signal that comes right before a wait begins, Ctrl-C say,
-#: only when the wait has ended: under load, one of 60 was lost in a wait without an end.
+#: only when the wait has ended (M: under load, 1 of 60 was lost in a wait without an end).
 _LONGEST_WAIT_S: Final = 0.5
 
 if TYPE_CHECKING:
