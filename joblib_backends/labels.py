@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from .batches import Batch
 from .sharing import sklearn_inside
-from .timeline.recorder import BatchRecord
+from .timeline.recorder import Recorder
 from .worker import Outcome, task_names
 
-__all__ = ["description_of", "label_of", "record_of", "task_name"]
+__all__ = ["description_of", "label_of", "record", "task_name"]
 
 #: Characters of a task's arguments in messages.
 _ARGUMENTS_SHOWN: Final = 200
@@ -37,18 +37,16 @@ def label_of(batch: Batch) -> tuple[str, str]:
 _WORTH_NAMING_S: Final = 5e-3
 
 
-def record_of(
-    batch: Batch, outcome: Outcome, received: float, decode_s: float, fault: BaseException | None
-) -> BatchRecord:
-    """Return what a timeline has of a batch whose outcome came at ``received``.
-
-    Short ones have the name of the function only.
-    """
-    is_long = outcome.spent.wall >= _WORTH_NAMING_S or fault is not None
+def record(
+    recorder: Recorder, batch: Batch, outcome: Outcome, received: float, decode_s: float, fault: BaseException | None
+) -> None:
+    """Record a batch whose outcome came at ``received``. A short one has the name of the function only."""
+    spent, payload, plan = outcome.spent, batch.payload, batch.plan
+    is_long = spent.wall >= _WORTH_NAMING_S or fault is not None
     name, detail = label_of(batch) if is_long else (task_names(batch.function), "")
-    times = (sklearn_inside.times_of(result) for result in outcome.results or ()) if is_long else ()
-    return BatchRecord(
-        "" if batch.plan is None else batch.plan.tier,
+    times = _times_of(outcome.results) if is_long and outcome.results else ()
+    recorder.add(
+        "" if plan is None else plan.tier,
         name,
         detail,
         batch.first_task + batch.positions[0],
@@ -56,12 +54,17 @@ def record_of(
         batch.submitted,
         batch.started,
         received,
-        outcome.spent,
-        (0.0, 0.0) if batch.payload is None else batch.payload.encoded,
+        spent,
+        (0.0, 0.0) if payload is None else payload.encoded,
         decode_s,
-        tuple(one for one in times if one is not None),
+        times,
         "" if fault is None else f"{type(fault).__name__}: {fault}",
     )
+
+
+def _times_of(results: Sequence[Any]) -> tuple[tuple[float, float], ...]:
+    found = map(sklearn_inside.times_of, results)
+    return tuple(one for one in found if one is not None)
 
 
 def description_of(batch: Batch) -> str:

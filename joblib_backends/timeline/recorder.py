@@ -64,8 +64,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self._caller = this_worker()
-        # Plain tuples of numbers and texts, which the garbage collector does not look at any more. Kept as they come, the
-        # records of 2,000 batches made it look at everything there is, 25 µs for each batch (M).
+        # Plain tuples of numbers and texts, which the garbage collector does not look at any more. Kept as they come,
+        # the records of 2,000 batches made it look at everything there is, 20 µs for each batch (M).
         self._records: list[tuple[Any, ...]] = []
         # Who ran them, by position; and of those that have some, by position of the record, what else is known.
         self._workers: dict[Worker | None, int] = {}
@@ -78,21 +78,41 @@ class Recorder:
     def __len__(self) -> int:
         return len(self._records)
 
-    def add(self, record: BatchRecord) -> None:
-        """Record a batch."""
-        spent = record.spent
+    def add(
+        self,
+        tier: str,
+        name: str,
+        detail: str,
+        task: int,
+        n_tasks: int,
+        submitted: float,
+        sent: float,
+        received: float,
+        spent: Spent,
+        encoded: tuple[float, float] = (0.0, 0.0),
+        decode_s: float = 0.0,
+        times: tuple[tuple[float, float], ...] = (),
+        loss: str = "",
+    ) -> None:
+        """Record a batch: the fields of a :class:`BatchRecord`."""
+        wall, _, _, started, load, pack, _, who, phases = spent
+        began_encoding, encode_s = encoded
         with self._lock:
             position = len(self._records)
             if position >= MOST_RECORDED:
                 self.n_omitted += 1
                 return
-            worker = self._workers.setdefault(spent.worker, len(self._workers))
-            seconds = (spent.wall, spent.started, spent.load, spent.pack)
-            self._records.append((*record[:8], *seconds, worker, *record.encoded, record.decode_s, record.loss))
-            if spent.phases:
-                self._phases[position] = spent.phases
-            if record.times:
-                self._times[position] = record.times
+            worker = self._workers.setdefault(who, len(self._workers))
+            self._records.append(
+                (
+                    *(tier, name, detail, task, n_tasks, submitted, sent, received),
+                    *(wall, started, load, pack, worker, began_encoding, encode_s, decode_s, loss),
+                )
+            )
+            if phases:
+                self._phases[position] = phases
+            if times:
+                self._times[position] = times
 
     def _restored(self) -> Iterator[BatchRecord]:
         """Yield the batches as they were recorded."""
@@ -103,7 +123,7 @@ class Recorder:
             phases = self._phases.get(position, ())
             spent = Spent(wall, 0.0, 0.0, started, load, pack, 0, workers[worker], phases)
             times = self._times.get(position, ())
-            yield BatchRecord(*record[:8], spent, (began_encoding, encode_s), decode_s, times, loss)
+            yield BatchRecord._make((*record[:8], spent, (began_encoding, encode_s), decode_s, times, loss))
 
     def mark(self, name: str, detail: str = "") -> None:
         """Record what happens now."""
