@@ -7,8 +7,11 @@ python="${1:-python}"
 # The suite sets these itself where it tests them.
 unset JOBLIB_BACKEND "${!JOBLIB_BACKEND_@}"
 
-# They run beside the tests: mypy alone takes half a minute.
-checks() { "$python" -m ruff check . && "$python" -m mypy && "$python" ci/check_floors.py && "$python" ci/check_doors.py; }
+# They run beside the tests: mypy alone takes half a minute, and so does the site.
+checks() {
+    "$python" -m ruff check . && "$python" -m mypy && "$python" ci/check_floors.py && "$python" ci/check_doors.py &&
+        ci/docs.sh "$python"
+}
 # Three parts of the suite side by side: mostly they wait, for processes that start and for clusters that notice. The
 # tests of shared fits run alone afterwards: what is not worth sharing on a busy machine is fitted twice.
 suite() { "$python" -m pytest -p no:cacheprovider "$@"; }

@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from .batches import Batch
 from .sharing import sklearn_inside
-from .timeline.recorder import Recorder
+from .timeline.recorder import BatchRecord
 from .worker import Outcome, task_names
 
-__all__ = ["description_of", "label_of", "record", "task_name"]
+__all__ = ["description_of", "label_of", "record_of", "task_name"]
 
 #: Characters of a task's arguments in messages.
 _ARGUMENTS_SHOWN: Final = 200
@@ -37,29 +37,23 @@ def label_of(batch: Batch) -> tuple[str, str]:
 _WORTH_NAMING_S: Final = 5e-3
 
 
-def record(
-    recorder: Recorder, batch: Batch, outcome: Outcome, received: float, decode_s: float, fault: BaseException | None
-) -> None:
-    """Record a batch whose outcome came at ``received``. A short one has the name of the function only."""
-    spent, payload, plan = outcome.spent, batch.payload, batch.plan
-    is_long = spent.wall >= _WORTH_NAMING_S or fault is not None
-    name, detail = label_of(batch) if is_long else (task_names(batch.function), "")
-    times = _times_of(outcome.results) if is_long and outcome.results else ()
-    recorder.add(
-        "" if plan is None else plan.tier,
-        name,
-        detail,
-        batch.first_task + batch.positions[0],
-        batch.size,
-        batch.submitted,
-        batch.started,
-        received,
-        spent,
-        (0.0, 0.0) if payload is None else payload.encoded,
-        decode_s,
-        times,
-        "" if fault is None else f"{type(fault).__name__}: {fault}",
-    )
+def record_of(
+    batch: Batch, name: str, outcome: Outcome, received: float, decode_s: float, fault: BaseException | None
+) -> BatchRecord:
+    """Return what a timeline has of a batch of ``name`` whose outcome came at ``received``.
+
+    A short one has this name, that of the function, and no other.
+    """
+    spent, payload, plan, detail = outcome.spent, batch.payload, batch.plan, ""
+    times: tuple[tuple[float, float], ...] = ()
+    loss = "" if fault is None else f"{type(fault).__name__}: {fault}"
+    if spent.wall >= _WORTH_NAMING_S or loss:
+        name, detail = label_of(batch)
+        times = _times_of(outcome.results or ())
+    encoded = (0.0, 0.0) if payload is None else payload.encoded
+    task, n_tasks, tier = batch.first_task + batch.positions[0], batch.size, "" if plan is None else plan.tier
+    way = (batch.submitted, batch.started, received)
+    return BatchRecord(tier, name, detail, task, n_tasks, *way, spent, encoded, decode_s, times, loss)
 
 
 def _times_of(results: Sequence[Any]) -> tuple[tuple[float, float], ...]:

@@ -39,7 +39,7 @@ class Message(NamedTuple):
 class CallReport:
     """What one outermost ``Parallel`` call did.
 
-    ``print`` shows some ten lines of it, notebooks a table.
+    ``print`` shows some ten lines of it, notebooks a table. A pickled report has no timeline: :meth:`save` keeps that.
 
     Attributes
     ----------
@@ -160,6 +160,10 @@ class CallReport:
     _timeline: Callable[[], Timeline] | None = field(default=None, repr=False, compare=False)
     _n_recorded: int = field(default=0, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy elsewhere has the figures; the timeline goes with ``save``.
+        return {**vars(self), "_timeline": None, "_n_recorded": 0}
+
     @property
     def speed_up(self) -> float:
         """How many times as fast as its tasks one after the other: ``busy_seconds / seconds``."""
@@ -276,7 +280,9 @@ class CallReport:
     def _bytes(self) -> str:
         moved, saved = readable_nbytes(self.nbytes_moved), readable_nbytes(self.nbytes_saved)
         results = f", {readable_nbytes(self.nbytes_results)} of results" if self.nbytes_results else ""
-        return f"{moved} moved, {saved} not moved again, {readable_nbytes(self.nbytes_pickled)} pickled{results}"
+        residents = f" ({self.residents} residents)" if self.residents else ""
+        pickled = readable_nbytes(self.nbytes_pickled)
+        return f"{moved} moved, {saved} not moved again{residents}, {pickled} pickled{results}"
 
     def _said(self) -> str:
         first, n_all = self.messages[0], sum(one.count for one in self.messages)

@@ -57,7 +57,7 @@ from .config import Config
 from .crew import Crew
 from .data.scope import ResidentScope
 from .errors import BatchDataLostError, BatchTimeoutError
-from .labels import label_of, record, task_name
+from .labels import label_of, record_of, task_name
 from .opening import Opening
 from .pilot import Pilot
 from .randomness import task_randomness
@@ -630,7 +630,7 @@ class Call:
         self._tally.add_way(max(0.0, received - batch.submitted - outcome.spent.wall), decode_s)
         recorder = self._tally.recorder
         if recorder is not None:
-            record(recorder, batch, outcome, received, decode_s, fault)
+            recorder.add(record_of(batch, self._tally.function, outcome, received, decode_s, fault))
 
     def _settle(self, batch: Batch, outcome: Outcome, fault: BaseException | None) -> None:
         if fault is not None and batch.future in self._unfinished:

@@ -1,6 +1,7 @@
 """What a call says about itself."""
 
 import itertools
+import pickle
 import re
 from dataclasses import replace
 
@@ -135,6 +136,22 @@ def test_a_report_reads_as_a_line_for_each_thing():
 )
 def test_bytes_read_in_a_unit_of_their_size(nbytes, text):
     assert readable_nbytes(nbytes) == text
+
+
+def test_residents_are_counted_once_and_shown():
+    array = np.full(300_000, float(next(_serial)))
+    with parallel_backend("hybrid", tier="processes", n_jobs=2):
+        Parallel(batch_size=1)(delayed(total)(array) for _ in range(4))
+    assert last_report().residents == 1
+    assert "not moved again (1 residents), " in str(last_report())
+
+
+def test_a_report_can_be_pickled_without_its_timeline():
+    with parallel_backend("hybrid", tier="threads", n_jobs=2):
+        Parallel()(delayed(square)(i) for i in range(5))
+    copied = pickle.loads(pickle.dumps(last_report()))
+    assert copied == last_report()
+    assert copied.timeline is None
 
 
 def test_the_last_report_is_what_was_recorded_last():

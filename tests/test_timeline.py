@@ -82,8 +82,8 @@ def a_record(worker, started, *, sent, received, **about):
 def test_workers_of_other_hosts_are_drawn_on_the_clock_of_the_driver():
     far, near = Worker("far", 10, 1), Worker("near", 10, 1)
     recorder = Recorder()
-    recorder.add(*a_record(far, 5_000.0, sent=100.0, received=101.5))
-    recorder.add(*a_record(near, 100.25, sent=100.0, received=101.5))
+    recorder.add(a_record(far, 5_000.0, sent=100.0, received=101.5))
+    recorder.add(a_record(near, 100.25, sent=100.0, received=101.5))
     timeline = recorder.timeline(started=100.0)
     assert [(row.name, bool(row.host)) for row in timeline.rows] == [
         ("caller", True), ("dask 10", True), ("dask 10", True),
@@ -95,7 +95,7 @@ def test_workers_of_other_hosts_are_drawn_on_the_clock_of_the_driver():
 
 def test_phases_lie_inside_of_their_batch():
     recorder = Recorder()
-    recorder.add(*a_record(Worker("h", 1, 1), 10.0, sent=9.0, received=12.0, times=((0.5, 0.125),)))
+    recorder.add(a_record(Worker("h", 1, 1), 10.0, sent=9.0, received=12.0, times=((0.5, 0.125),)))
     spans = recorder.timeline(started=9.0).spans
     batch, *phases = spans
     assert [(one.name, one.start - batch.start, one.seconds) for one in phases] == [
@@ -106,14 +106,14 @@ def test_phases_lie_inside_of_their_batch():
 
 def test_times_that_are_somebody_elses_are_left_out():
     recorder = Recorder()
-    recorder.add(*a_record(Worker("h", 1, 1), 10.0, sent=9.0, received=12.0, times=((5.0, 0.1),)))
+    recorder.add(a_record(Worker("h", 1, 1), 10.0, sent=9.0, received=12.0, times=((5.0, 0.1),)))
     assert "fit" not in {span.name for span in recorder.timeline(started=9.0).spans if not span.n_tasks}
 
 
 def test_a_lost_batch_is_a_retry():
     recorder = Recorder()
     spent = Spent()
-    recorder.add(*BatchRecord("processes", "f", "task 0", 0, 2, 1.0, 1.5, 4.0, spent, loss="WorkerLostError: killed"))
+    recorder.add(BatchRecord("processes", "f", "task 0", 0, 2, 1.0, 1.5, 4.0, spent, loss="WorkerLostError: killed"))
     timeline = recorder.timeline(started=1.0)
     [span] = timeline.spans
     assert (span.kind, span.start, span.seconds, span.detail) == ("retry", 0.5, 2.5, "WorkerLostError: killed")
@@ -124,7 +124,7 @@ def test_what_is_beyond_the_limit_is_counted(monkeypatch):
     monkeypatch.setattr(recording, "MOST_RECORDED", 3)
     recorder = Recorder()
     for _ in range(5):
-        recorder.add(*a_record(Worker("h", 1, 1), 10.0, sent=9.0, received=12.0))
+        recorder.add(a_record(Worker("h", 1, 1), 10.0, sent=9.0, received=12.0))
         recorder.mark("something")
     timeline = recorder.timeline(started=9.0)
     assert sum(span.n_tasks for span in timeline.spans) == 3

@@ -8,13 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from ..worker import Spent, Worker, this_worker
 from .clocks import Exchange, seconds_ahead
 from .model import Kind, Mark, Row, Span, Timeline
-from .phases import Phase
 
 __all__ = ["MOST_RECORDED", "BatchRecord", "Recorder"]
 
@@ -60,70 +59,49 @@ class BatchRecord(NamedTuple):
 
 
 class Recorder:
-    """What one call does, as it happens. Thread-safe."""
+    """What one call does, as it happens. Thread-safe: each entry is one ``append``."""
 
     def __init__(self) -> None:
         self._caller = this_worker()
         # Plain tuples of numbers and texts, which the garbage collector does not look at any more. Kept as they come,
         # the records of 2,000 batches made it look at everything there is, 20 µs for each batch (M).
-        self._records: list[tuple[Any, ...]] = []
-        # Who ran them, by position; and of those that have some, by position of the record, what else is known.
-        self._workers: dict[Worker | None, int] = {}
-        self._phases: dict[int, Sequence[Phase]] = {}
-        self._times: dict[int, tuple[tuple[float, float], ...]] = {}
+        self._entries: list[tuple[Any, ...]] = []
+        # Who ran them, by number.
+        self._numbers: dict[Worker | None, int] = {}
         self._lock = threading.Lock()
         self._marks: list[tuple[str, float, str]] = []
         self.n_omitted = 0
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._entries)
 
-    def add(
-        self,
-        tier: str,
-        name: str,
-        detail: str,
-        task: int,
-        n_tasks: int,
-        submitted: float,
-        sent: float,
-        received: float,
-        spent: Spent,
-        encoded: tuple[float, float] = (0.0, 0.0),
-        decode_s: float = 0.0,
-        times: tuple[tuple[float, float], ...] = (),
-        loss: str = "",
-    ) -> None:
-        """Record a batch: the fields of a :class:`BatchRecord`."""
-        wall, _, _, started, load, pack, _, who, phases = spent
-        began_encoding, encode_s = encoded
-        with self._lock:
-            position = len(self._records)
-            if position >= MOST_RECORDED:
-                self.n_omitted += 1
-                return
-            worker = self._workers.setdefault(who, len(self._workers))
-            self._records.append(
-                (
-                    *(tier, name, detail, task, n_tasks, submitted, sent, received),
-                    *(wall, started, load, pack, worker, began_encoding, encode_s, decode_s, loss),
-                )
+    def add(self, record: BatchRecord) -> None:
+        """Record a batch."""
+        if len(self._entries) >= MOST_RECORDED:
+            self.n_omitted += 1
+            return
+        tier, name, detail, task, n_tasks, submitted, sent, received, spent, encoded, decode_s, times, loss = record
+        wall, _, _, started, load, pack, _, worker, phases = spent
+        number = self._numbers.get(worker)
+        if number is None:
+            with self._lock:
+                number = self._numbers.setdefault(worker, len(self._numbers))
+        more = (times, tuple(phases)) if times or phases else None
+        self._entries.append(
+            (
+                *(tier, name, detail, task, n_tasks, submitted, sent, received),
+                *(wall, started, load, pack, number, *encoded, decode_s, loss, more),
             )
-            if phases:
-                self._phases[position] = phases
-            if times:
-                self._times[position] = times
+        )
 
-    def _restored(self) -> Iterator[BatchRecord]:
+    def _records(self) -> Iterator[BatchRecord]:
         """Yield the batches as they were recorded."""
-        with self._lock:
-            records, workers = list(self._records), list(self._workers)
-        for position, record in enumerate(records):
-            wall, started, load, pack, worker, began_encoding, encode_s, decode_s, loss = record[8:]
-            phases = self._phases.get(position, ())
-            spent = Spent(wall, 0.0, 0.0, started, load, pack, 0, workers[worker], phases)
-            times = self._times.get(position, ())
-            yield BatchRecord._make((*record[:8], spent, (began_encoding, encode_s), decode_s, times, loss))
+        entries, workers = list(self._entries), list(self._numbers)
+        for entry in entries:
+            wall, started, load, pack, number, began_encoding, encode_s, decode_s, loss, more = entry[8:]
+            times, phases = more or ((), ())
+            spent = Spent(wall, 0.0, 0.0, started, load, pack, 0, workers[number], phases)
+            yield BatchRecord._make((*entry[:8], spent, (began_encoding, encode_s), decode_s, times, loss))
 
     def mark(self, name: str, detail: str = "") -> None:
         """Record what happens now."""
@@ -138,7 +116,7 @@ class Recorder:
         started : float
             When the call began, on the clock of the driver.
         """
-        rows, records = _Rows(self._caller), list(self._restored())
+        rows, records = _Rows(self._caller), list(self._records())
         ahead = _clocks(records)
         spans = [span for record in records for span in _spans_of(record, rows, started, ahead)]
         marks = [Mark(0, name, at - started, detail) for name, at, detail in self._marks]
