@@ -217,14 +217,15 @@ def _report(options: argparse.Namespace) -> int:
     path = options.path
     try:
         calls = [CallReport.from_dict(*call) for call in calls_in(Path(path).read_text(encoding="utf-8"))]
+        texts = [str(call) for call in calls]
     except OSError as error:
         return _refuse(f"The trace {path!r} cannot be read: {error.strerror or error}.")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return _refuse(f"{path!r} is no trace of this package, as trace= writes them: {error}.")
     if options.call is not None:
         if not 1 <= options.call <= len(calls):
             return _refuse(f"There is no call {options.call} in {path!r}: it has {len(calls)}, counted from 1.")
-        calls = [calls[options.call - 1]]
+        calls, texts = [calls[options.call - 1]], [texts[options.call - 1]]
     if options.html is not None:
         try:
             calls[-1].save(options.html)
@@ -233,7 +234,10 @@ def _report(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([call.to_dict() for call in calls], indent=2))
     else:
-        print("\n\n".join(map(str, calls)))
+        text = "\n\n".join(texts)
+        # What tasks said may be more than a terminal can show.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 

@@ -42,7 +42,8 @@ def _tiny_tasks(report: CallReport) -> Iterator[_Finding]:
     n_run = report.tasks - report.tasks_restored
     task_s = (report.busy_seconds - report.load_seconds - report.pack_seconds) / max(1, n_run)
     alone_s = task_s * n_run
-    if report.seconds > 1.25 * alone_s and task_s < 1e-3 and n_run > report.n_jobs:
+    # Where nothing was on its way, the call waited for its input, or for who takes the results.
+    if report.active_seconds > max(1.25 * alone_s, _MUCH * report.seconds) and task_s < 1e-3 and n_run > report.n_jobs:
         yield _Finding(
             1 - alone_s / report.seconds,
             f"Tasks of {readable_seconds(task_s)} are shorter than it takes to hand them out: a plain loop (n_jobs=1) "
@@ -54,7 +55,9 @@ def _costly_to_send(report: CallReport) -> Iterator[_Finding]:
     part = report.encode_seconds / report.seconds
     if part > _MUCH:
         what = report.costly_argument or "the tasks' arguments"
-        remedy = f"pass {'it' if report.costly_argument else 'what they have in common'} in scatter=[...]"
+        remedy = "pass it in scatter=[...]"
+        if not report.costly_argument:
+            remedy = "pass less, what they are made from, or what they have in common in scatter=[...]"
         yield _Finding(part, f"{part:.0%} of the time went into pickling {what}: {remedy}.")
 
 
@@ -109,9 +112,9 @@ def _one_long_task(report: CallReport) -> Iterator[_Finding]:
     if report.batches > jobs and part > 0.5 and at_once < 0.6 * jobs:
         yield _Finding(
             part - 1 / jobs,
-            f"Task {report.longest_task} took {readable_seconds(report.longest_seconds)} of the call's "
-            f"{readable_seconds(report.seconds)}, with {at_once:.1f} tasks at once on average: put it first, or split "
-            "it.",
+            f"The batch that begins with task {report.longest_task} took {readable_seconds(report.longest_seconds)} of "
+            f"the call's {readable_seconds(report.seconds)}, with {at_once:.1f} batches at once on average: begin with "
+            "what takes longest, or split it.",
         )
 
 

@@ -455,11 +455,11 @@ class HybridBackend(ParallelBackendBase):  # type: ignore[misc]
         try:
             written = TraceFile.add(path, report.to_dict(), report.timeline or Timeline())
             _log.debug("The call of %s was added to the trace %s", report.function, written)
-        except OSError as error:
-            # A call that is done is not lost over its picture.
-            warnings.warn(
-                f"The trace {os.fspath(path)!r} cannot be written: {error}.", EnvironmentWarning, stacklevel=2
-            )
+        except Exception as error:
+            # A call that is done is not lost over its picture, nor by a filter that makes the warning an error.
+            text = f"The trace {os.fspath(path)!r} cannot be written: {error}. The call itself is done."
+            with contextlib.suppress(EnvironmentWarning):
+                warnings.warn(text, EnvironmentWarning, stacklevel=2)
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """Give up the call; the next ``start_call`` opens another, with the same settings."""

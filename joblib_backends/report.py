@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
@@ -35,8 +35,29 @@ class Message(NamedTuple):
     task: str
 
 
+class _Timelined:
+    """Holds what makes the timeline of a report, apart from its figures: those are plain data, which people log."""
+
+    __slots__ = ("_make", "_n")
+
+    def put_timeline(self, make: Callable[[], Timeline] | None, n_recorded: int) -> None:
+        """Set what makes the timeline, and how many batches are kept for it."""
+        # Reports are frozen.
+        object.__setattr__(self, "_make", make)
+        object.__setattr__(self, "_n", n_recorded)
+
+    @property
+    def _maker(self) -> Callable[[], Timeline] | None:
+        make: Callable[[], Timeline] | None = getattr(self, "_make", None)
+        return make
+
+    @property
+    def _n_recorded(self) -> int:
+        return int(getattr(self, "_n", 0))
+
+
 @dataclass(frozen=True)
-class CallReport:
+class CallReport(_Timelined):
     """What one outermost ``Parallel`` call did.
 
     ``print`` shows some ten lines of it, notebooks a table. A pickled report has no timeline: :meth:`save` keeps that.
@@ -92,9 +113,11 @@ class CallReport:
         CPU time of the batches: of their thread, or of their process where that is a worker's own.
     delay_seconds : float
         Seconds in which batches were ready to run and waited for a core; 0 where the system does not tell.
+    active_seconds : float
+        Seconds in which any batch ran, or was on its way.
     queue_seconds : float
         Sum over the batches of the seconds from ``Parallel`` handing one over to its outcome, less those that it ran:
-        its wait for a worker, and its way there and back.
+        its wait for a worker, and its way there and back. None of them where the calling thread runs batches.
     encode_seconds, decode_seconds : float
         Seconds of the driver for making batches ready to travel, and for reading their results.
     load_seconds, pack_seconds : float
@@ -109,7 +132,8 @@ class CallReport:
         The largest size that any of the processes which ran batches has had in memory until the end of the call, in
         bytes; data that is mapped counts in each. 0 where the system does not tell.
     costly_argument : str
-        What most of ``encode_seconds`` went into, where that was looked at; else empty.
+        What most of ``encode_seconds`` went into, where that was looked at and it is the same object in several tasks;
+        else empty.
     messages : tuple of Message
         What tasks on workers logged, warned of and, in a notebook, printed: the first 20 that differ.
     advice : tuple of str
@@ -143,6 +167,7 @@ class CallReport:
     cores: int = 0
     cpu_seconds: float = 0.0
     delay_seconds: float = 0.0
+    active_seconds: float = 0.0
     queue_seconds: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -156,13 +181,19 @@ class CallReport:
     costly_argument: str = ""
     messages: tuple[Message, ...] = ()
     advice: tuple[str, ...] = ()
-    #: What makes the timeline, and the number of batches that are recorded for it.
-    _timeline: Callable[[], Timeline] | None = field(default=None, repr=False, compare=False)
-    _n_recorded: int = field(default=0, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy elsewhere has the figures; the timeline goes with ``save``.
-        return {**vars(self), "_timeline": None, "_n_recorded": 0}
+        return dict(vars(self))
+
+    def __copy__(self) -> CallReport:
+        return self.replaced()
+
+    def replaced(self, **figures: Any) -> CallReport:
+        """Return a report with other figures, and the same timeline."""
+        other = dataclasses.replace(self, **figures)
+        other.put_timeline(self._maker, self._n_recorded)
+        return other
 
     @property
     def speed_up(self) -> float:
@@ -180,11 +211,12 @@ class CallReport:
 
         It is made when it is asked for. Of all :func:`reports` together, the batches of the last 200,000 are kept.
         """
-        return None if self._timeline is None else self._timeline()
+        make = self._maker
+        return None if make is None else make()
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it, but for the timeline, as JSON has it; times are ISO 8601, seconds, and bytes."""
-        found = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if not one.name.startswith("_")}
+        found = dict(vars(self))
         started = datetime.fromtimestamp(self.started_at).astimezone().isoformat()
         found |= {"speed_up": self.speed_up, "cores_used": self.cores_used, "started_at": started}
         return {**found, "advice": list(self.advice), "messages": [one._asdict() for one in self.messages]}
@@ -192,12 +224,15 @@ class CallReport:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], timeline: Timeline | None = None) -> CallReport:
         """Return the report that :meth:`to_dict` was made of; what other versions may have in it is left out."""
-        names = {one.name for one in dataclasses.fields(cls) if not one.name.startswith("_")}
+        names = {one.name for one in dataclasses.fields(cls)}
         known = {name: value for name, value in content.items() if name in names}
         known["started_at"] = round(datetime.fromisoformat(known["started_at"]).timestamp(), 6)
         known["advice"] = tuple(known.get("advice", ()))
         known["messages"] = tuple(Message(**one) for one in known.get("messages", ()))
-        return cls(**known, _timeline=None if timeline is None else lambda: timeline)
+        report = cls(**known)
+        if timeline is not None:
+            report.put_timeline(lambda: timeline, 0)
+        return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what the call did into a file, with its timeline if that was recorded.
@@ -321,12 +356,21 @@ class _History:
             report = cls._reports[position]
             n_recorded += report._n_recorded
             if n_recorded > MOST_RECORDED and report._n_recorded and position < len(cls._reports) - 1:
-                cls._reports[position] = dataclasses.replace(report, _timeline=None, _n_recorded=0)
+                report.put_timeline(None, 0)
 
     @classmethod
     def all(cls) -> list[CallReport]:
         with cls._lock:
             return list(cls._reports)
+
+
+def _forget_in_child() -> None:
+    # Another thread may have been adding one.
+    _History._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def record(report: CallReport) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Collection
 from typing import Protocol
 
@@ -152,7 +153,7 @@ class Rescue:
         self._tally.add_fault(retries=1)
         was_started = bool(batch.started)
         for piece in pieces:
-            piece.payload, piece.started = None, 0.0
+            piece.payload, piece.started, piece.submitted = None, 0.0, time.perf_counter()
             if piece is not batch:
                 self._call.share_part(piece)
             self._call.place(piece)

@@ -419,12 +419,13 @@ class Call:
             # Only now: Ctrl-C before leaves all of it, which may be done twice, to the next ``end``.
             self._ended = True
             self._tally.explain(self._pilot.end(failed=failed))
+        self._tally.active_seconds = self._queue.busy_seconds()
         report = self._tally.report(
             failed=failed, predicted_seconds=self._pilot.predicted_s, planning_seconds=self._pilot.planning_s
         )
         figures: dict[str, Any] = {} if self._sharing is None else self._sharing.figures()
-        report = dataclasses.replace(report, **figures)
-        report = dataclasses.replace(report, advice=advice_for(report))
+        report = report.replaced(**figures)
+        report = report.replaced(advice=advice_for(report))
         _log.debug("%s", str(report).partition("\n")[0])
         return report
 
@@ -611,7 +612,7 @@ class Call:
                 # It is dealt with here. Its traceback has this frame, which has it: a cycle that would keep the call,
                 # and the connection to a cluster that is gone, until the garbage collector comes by.
                 fault.__traceback__ = None
-        if batch.started:
+        if batch.tier is not None and batch.plan is not None:
             self._note_way(batch, outcome, received, decode_s, fault)
         try:
             if outcome.said and fault is None and not self.has_failed:
@@ -627,10 +628,22 @@ class Call:
         self, batch: Batch, outcome: Outcome, received: float, decode_s: float, fault: BaseException | None
     ) -> None:
         """Count, and record, how a batch that a tier got went there and came back."""
-        self._tally.add_way(max(0.0, received - batch.submitted - outcome.spent.wall), decode_s)
+        assert batch.tier is not None
+        if not batch.started:
+            if not outcome.spent.started:
+                return  # it never came to a tier
+            # It ran while its outcome was asked for: in the completer, where that is the caller.
+            batch.started, received, decode_s = outcome.spent.started, time.perf_counter(), 0.0
+        if outcome.error is None and not batch.tier.runs_in_caller:
+            self._tally.add_way(max(0.0, received - batch.submitted - outcome.spent.wall), decode_s)
         recorder = self._tally.recorder
-        if recorder is not None:
+        if recorder is None:
+            return
+        try:
             recorder.add(record_of(batch, self._tally.function, outcome, received, decode_s, fault))
+        except Exception as error:
+            # The user's own objects have been asked for their names: that is no reason to lose what they made.
+            _log.debug("A batch of %s is not in the timeline: %r", self._tally.function, error)
 
     def _settle(self, batch: Batch, outcome: Outcome, fault: BaseException | None) -> None:
         if fault is not None and batch.future in self._unfinished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -46,6 +47,7 @@ class Tally:
     busy_seconds: float = 0.0
     cpu_seconds: float = 0.0
     delay_seconds: float = 0.0
+    active_seconds: float = 0.0
     queue_seconds: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -146,10 +148,13 @@ class Tally:
 
     def report(self, *, failed: bool, predicted_seconds: float | None, planning_seconds: float) -> CallReport:
         """Return the report of the call, which ends now."""
-        reasons, recorder = self.reasons, self.recorder
+        recorder = self.recorder
+        with self._lock:
+            # Helpers of a call that was given up may still be counting.
+            reasons, messages = dict(self.reasons), tuple(self.messages.values())
         texts = [f"{tier}: {reason}" for tier, reason in reasons.items()] if len(reasons) > 1 else reasons.values()
         shares_memory = bool(reasons.keys() & {"inline", "threads"})
-        return CallReport(
+        report = CallReport(
             function=self.function,
             tier=" + ".join(reasons) or "none",
             reason="; ".join(texts) or ("all were in the checkpoint" if self.tasks_restored else "there were no tasks"),
@@ -171,6 +176,7 @@ class Tally:
             cores=self.cores,
             cpu_seconds=self.cpu_seconds,
             delay_seconds=self.delay_seconds,
+            active_seconds=self.active_seconds,
             queue_seconds=self.queue_seconds,
             encode_seconds=self.encode_seconds,
             decode_seconds=self.decode_seconds,
@@ -182,7 +188,8 @@ class Tally:
             longest_task=self.longest_task,
             peak_nbytes=max(self.peak_nbytes, peak_nbytes_of_process() if shares_memory else 0),
             costly_argument=self.costly_argument,
-            messages=tuple(self.messages.values()),
-            _timeline=None if recorder is None else lambda: recorder.timeline(self.started),
-            _n_recorded=0 if recorder is None else len(recorder),
+            messages=messages,
         )
+        if recorder is not None:
+            report.put_timeline(functools.partial(recorder.timeline, self.started), len(recorder))
+        return report

@@ -15,7 +15,7 @@ from joblib_backends.data.costs import ArgumentCosts
 #: A call that went well: eight tasks at a time for ten seconds, on eight cores, some quick ones inline.
 WELL = CallReport(
     "fit", "processes", "tier='processes' was asked for", 8, 80, 80, 10.0, 78.0, 0, 0, 0, False,
-    cores=8, cpu_seconds=77.0, longest_seconds=1.5, longest_task=3, nbytes_results=1_000,
+    cores=8, cpu_seconds=77.0, active_seconds=9.9, longest_seconds=1.5, longest_task=3, nbytes_results=1_000,
 )  # fmt: skip
 
 
@@ -41,7 +41,8 @@ def test_a_call_that_went_well_gets_no_advice():
         ),
         (
             {"encode_seconds": 6.8},
-            "68% of the time went into pickling the tasks' arguments: pass what they have in common in scatter=[...].",
+            "68% of the time went into pickling the tasks' arguments: pass less, what they are made from, or what they "
+            "have in common in scatter=[...].",
         ),
         (
             {"load_seconds": 39.0},
@@ -65,7 +66,8 @@ def test_a_call_that_went_well_gets_no_advice():
         ),
         (
             {"busy_seconds": 20.0, "cpu_seconds": 20.0, "longest_seconds": 9.0},
-            "Task 3 took 9 s of the call's 10 s, with 2.0 tasks at once on average: put it first, or split it.",
+            "The batch that begins with task 3 took 9 s of the call's 10 s, with 2.0 batches at once on average: begin "
+            "with what takes longest, or split it.",
         ),
         (
             {"tier": "threads", "reason": "tier='threads' was asked for", "cpu_seconds": 10.0},
@@ -95,6 +97,12 @@ def test_two_sentences_are_given_at_most_and_the_costliest_first():
 
 def test_results_from_the_checkpoint_are_no_tiny_tasks():
     assert advised(tasks=50_000, tasks_restored=49_920) == ()
+
+
+def test_a_slow_input_is_no_fault_of_its_tasks():
+    quick = {"tasks": 1_000, "busy_seconds": 0.4, "cpu_seconds": 0.4, "longest_seconds": 0.01}
+    assert advised(**quick, active_seconds=9.0)
+    assert advised(**quick, active_seconds=0.5) == ()
 
 
 def predicted(chunk, model):
@@ -133,16 +141,19 @@ def takes_three(first, slow, last=None):
 
 def test_the_costliest_argument_has_the_name_that_its_function_gives_it(hybrid, tier):
     with hybrid():
-        Parallel(batch_size=1)(delayed(takes_three)(np.zeros(3), Slow(), last=[1]) for _ in range(4))
+        slow = Slow()
+        Parallel(batch_size=1)(delayed(takes_three)(np.zeros(3), slow, last=[1]) for _ in range(4))
     assert last_report().costly_argument == ("`slow`, a Slow" if tier in COPYING_TIERS else "")
 
 
-def test_what_has_no_signature_has_numbered_arguments():
-    costs, value = ArgumentCosts(), Slow()
-    begun = costs.begun([value])
-    begun[id(value)] = 1.0
-    costs.add(print, [value], {}, begun)
-    assert costs.costliest == "`argument 0`, a Slow"
+@pytest.mark.parametrize("is_common", [True, False])
+def test_what_has_no_signature_has_numbered_arguments_and_what_travels_once_is_not_named(is_common):
+    costs, one, other = ArgumentCosts(), Slow(), Slow()
+    for value in (one, one if is_common else other):
+        begun = costs.begun([value])
+        begun[id(value)] = 1.0
+        costs.add(print, [value], {}, begun)
+    assert costs.costliest == ("`argument 0`, a Slow" if is_common else "")
 
 
 def test_quick_tasks_are_not_looked_at():

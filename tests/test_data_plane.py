@@ -116,6 +116,29 @@ def test_small_scattered_targets_are_counted_as_saved(hybrid):
         assert (moved(), last_report().nbytes_saved) == (0, 4 * y.nbytes)
 
 
+class Model:
+    """A number and an array that belong together."""
+
+    def __init__(self):
+        self.number, self.array = 0, np.zeros(3_000)
+
+
+def parts_of(model):
+    return model.number, model.array[0]
+
+
+def test_a_scattered_object_that_changes_between_tasks_never_comes_in_pieces_of_two_times(hybrid):
+    def tasks(model):
+        for i in range(6):
+            model.number = i
+            model.array[:] = i
+            yield delayed(parts_of)(model)
+
+    with hybrid(scatter=[model := Model()]):
+        for number, value in Parallel(batch_size=1)(tasks(model)):
+            assert number == value
+
+
 def test_equal_copies_share_one_resident(hybrid):
     with hybrid():
         x = ones()

@@ -31,7 +31,7 @@ def run(name, *arguments, cwd):
 
 
 def reported_tiers(printed):
-    return re.findall(r"^  tier   (.+), n_jobs=\d+$", printed, re.MULTILINE)
+    return re.findall(r"^  tier     (.+), n_jobs=\d+$", printed, re.MULTILINE)
 
 
 def test_every_example_has_a_test_here():

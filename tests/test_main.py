@@ -9,9 +9,10 @@ import sys
 
 import joblib
 import pytest
+from joblib import Parallel, delayed, parallel_backend
 
 import joblib_backends
-from joblib_backends import ConfigurationError, __main__, surroundings
+from joblib_backends import ConfigurationError, __main__, last_report, surroundings
 from joblib_backends.__main__ import main
 
 LONG = 60
@@ -430,3 +431,61 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(tmp_path, capsys, verb):
     printed = capsys.readouterr()
     assert "there is no such file" in printed.err
     assert printed.out == ""
+
+
+# ---- report
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """Return the path of a trace of two calls, of three tasks and of four."""
+    path = tmp_path / "run.json"
+    with parallel_backend("hybrid", tier="threads", n_jobs=2, trace=path):
+        for n in (3, 4):
+            Parallel()(delayed(abs)(-i) for i in range(n))
+    return path
+
+
+def test_report_prints_what_the_calls_of_a_trace_did(trace, capsys):
+    assert main(["report", str(trace)]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert first.startswith("abs: 3 tasks in ")
+    assert second.startswith("abs: 4 tasks in ")
+    assert "  tier     threads, n_jobs=2" in second
+
+
+def test_report_makes_a_page_of_the_last_call_or_of_the_one_that_is_asked_for(trace, capsys):
+    page = trace.with_suffix(".html")
+    for options, n_tasks in (([], 4), (["--call", "1"], 3)):
+        assert main(["report", str(trace), "--html", str(page), *options]) == 0
+        assert f'<span id="n-tasks">{n_tasks}</span>' in page.read_text()
+    assert capsys.readouterr().out.count("abs: ") == 3
+
+
+def test_report_in_json_has_every_figure(trace, capsys):
+    assert main(["report", str(trace), "--json"]) == 0
+    calls = json.loads(capsys.readouterr().out)
+    assert [(call["function"], call["tasks"], call["n_jobs"]) for call in calls] == [("abs", 3, 2), ("abs", 4, 2)]
+    assert calls[-1] == last_report().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "sentence"),
+    [
+        (None, [], "cannot be read: No such file"),
+        ("{}", [], "is no trace of this package, as trace= writes them"),
+        ('[{"cat": "call", "args": null}]', [], "is no trace of this package"),
+        ('[{"cat": "call", "args": {"call": 0, "report": {"seconds": 1}}}]', [], "is no trace of this package"),
+        pytest.param("[" * 100_000, [], "is no trace of this package", id="deep"),
+        ("trace", ["--call", "3"], "There is no call 3 in"),
+        ("trace", ["--html", "/none/such/page.html"], "The page cannot be written"),
+        ("trace", ["--html", "page.png"], "The page cannot be written"),
+    ],
+)
+def test_report_refuses_what_it_cannot_use(content, options, sentence, trace, capsys):
+    if content is None:
+        trace.unlink()
+    elif content != "trace":
+        trace.write_text(content)
+    assert main(["report", str(trace), *options]) == 2
+    assert sentence in capsys.readouterr().err

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ from joblib_backends.timeline.chrome import calls_in, document_of
 from joblib_backends.timeline.clocks import Exchange, seconds_ahead
 from joblib_backends.timeline.model import KINDS, Mark, Row, Span, Timeline
 from joblib_backends.timeline.recorder import BatchRecord, Recorder
+from joblib_backends.timeline.trace_file import TraceFile
 from joblib_backends.worker import Spent, Worker
 
 X, y = load_iris(return_X_y=True)
@@ -211,7 +214,9 @@ def test_reports_are_kept_in_their_order():
 def test_timelines_of_long_ago_are_given_up(monkeypatch):
     monkeypatch.setattr("joblib_backends.report.MOST_RECORDED", 10)
     for _ in range(3):
-        record(some_report(_timeline=Timeline, _n_recorded=6))
+        report = some_report()
+        report.put_timeline(Timeline, 6)
+        record(report)
     assert [report.timeline is None for report in reports()[-3:]] == [True, True, False]
 
 
@@ -289,7 +294,7 @@ def test_what_is_no_trace_is_refused(text):
 
 def test_the_calls_of_a_process_go_into_one_trace(hybrid, tmp_path):
     path = tmp_path / "run.json"
-    path.write_text("what was there")
+    path.write_text(document_of([(some_report().to_dict(), a_timeline())]))
     with hybrid(trace=path):
         for n in (3, 5):
             Parallel(batch_size=1)(delayed(square)(i) for i in range(n))
@@ -339,9 +344,96 @@ def test_threads_add_their_calls_to_one_trace(tmp_path):
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning_and_the_results_are_there(tmp_path):
-    backend = parallel_backend("hybrid", tier="threads", n_jobs=2, trace=tmp_path / "none" / "run.json")
-    with backend, pytest.warns(EnvironmentWarning, match=r"run\.json' cannot be written: .*No such file"):
+    path = tmp_path / "none" / "run.json"
+    with parallel_backend("hybrid", tier="threads", n_jobs=2, trace=path):
+        with pytest.warns(EnvironmentWarning, match=r"run\.json' cannot be written: .*No such file"):
+            assert Parallel()(delayed(square)(i) for i in range(4)) == [0, 1, 4, 9]
+        # Not even where warnings are errors, as they are here.
         assert Parallel()(delayed(square)(i) for i in range(4)) == [0, 1, 4, 9]
+        path.parent.mkdir()
+        assert Parallel()(delayed(square)(i) for i in range(3)) == [0, 1, 4]
+    [(report, timeline)] = calls_in(path.read_text())
+    assert report["tasks"] == sum(span.n_tasks for span in timeline.spans) == 3
+
+
+@pytest.mark.parametrize("kind", ["a table of the user's", "a device", "a pipe", "no path"])
+def test_what_is_no_trace_is_never_replaced(kind, tmp_path):
+    path = tmp_path / "precious.json"
+    if kind == "a table of the user's":
+        path.write_text('{"precious": 1}')
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path = "/dev/full" if kind == "a device" else "null\0byte"
+    with (
+        parallel_backend("hybrid", tier="threads", n_jobs=2, trace=path),
+        pytest.warns(EnvironmentWarning, match="cannot be written: .*(is no trace|no regular file|null)"),
+    ):
+        assert Parallel()(delayed(square)(i) for i in range(4)) == [0, 1, 4, 9]
+    if kind == "a table of the user's":
+        assert path.read_text() == '{"precious": 1}'
+
+
+def test_a_trace_without_room_for_a_call_keeps_the_others(tmp_path):
+    path, report = tmp_path / "run.json", some_report().to_dict()
+    TraceFile.add(path, report, a_timeline())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
+        with pytest.raises(OSError, match="too large"):
+            TraceFile.add(path, report, a_timeline())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    TraceFile.add(path, report, a_timeline())
+    read = calls_in(path.read_text())
+    assert [by_time(timeline) for _, timeline in read] == [by_time(a_timeline())] * 2
+
+
+def misfit(**results):
+    return results
+
+
+@pytest.mark.parametrize("form", ["list", "generator", "generator_unordered"])
+def test_a_task_that_cannot_be_named_fails_as_it_does_without_a_timeline(form):
+    from sklearn.model_selection._validation import _fit_and_score
+
+    with parallel_backend("hybrid", tier="processes", n_jobs=2, initializer=time.sleep, initargs=(0.02,)):
+        with pytest.raises(TypeError, match=r"missing .* required"):
+            list(Parallel(return_as=form)(delayed(_fit_and_score)(PCA(), X) for _ in range(4)))
+        assert Parallel()(delayed(square)(i) for i in range(3)) == [0, 1, 4]
+
+
+@pytest.mark.parametrize("times", [[0.1, 0.2], None, "soon", float("nan"), -1.0])
+def test_results_that_look_like_those_of_a_search_are_taken_for_what_they_are(times):
+    with parallel_backend("hybrid", tier="threads", n_jobs=2, initializer=time.sleep, initargs=(0.02,)):
+        Parallel(batch_size=1)(delayed(misfit)(fit_time=times, score_time=0.1) for _ in range(3))
+    assert {span.name for span in last_report().timeline.spans} == {"misfit"}
+
+
+def test_generators_in_the_order_of_their_end_are_recorded_too(hybrid):
+    with hybrid():
+        list(Parallel(return_as="generator_unordered", batch_size=1)(delayed(square)(i) for i in range(6)))
+    assert sorted(span.task for span in last_report().timeline.spans if span.n_tasks) == list(range(6))
+    check_order(last_report())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("_fit_and_score-Pipeline", "task"),
+        ("_parallel_build_trees", "fit"),
+        ("Forest.predict", "score"),
+        ("profit", "task"),
+        ("rebuild_index", "task"),
+        ("f-RefitModel", "task"),
+    ],
+)
+def test_kinds_are_told_by_whole_words(name, kind):
+    recorder = Recorder()
+    recorder.add(a_record(Worker("h", 1, 1), 10.0, sent=9.0, received=12.0)._replace(name=name))
+    assert recorder.timeline(started=9.0).spans[0].kind == kind
 
 
 def test_reports_are_saved_as_pages_and_traces(tmp_path):

@@ -150,7 +150,7 @@ class Encoder:
         pickling = _Pickling(self, min_nbytes=_SCATTERED_FROM)
         for position, value in enumerate(values):
             try:
-                pickling.dump((self._lasting_form(value) if is_pickled_whole(value) else value,))
+                pickling.dump((self._form_of(value, _SCATTERED_FROM),))
             except StoreError:
                 raise
             except Exception as error:
@@ -174,9 +174,10 @@ class Encoder:
                 replaced[id(value)] = self._references[id(value)]
             elif threshold is None:
                 continue
-            elif id(value) in self._scattered and is_pickled_whole(value):
-                # Who says of an object that it is data says, too, that it is the same for all tasks of the call.
-                replaced[id(value)] = self._lasting_form(value)
+            elif id(value) in self._scattered:
+                form = self._form_of(value, threshold)
+                if form is not value:
+                    replaced[id(value)] = form
             elif is_large(value, threshold):
                 others = (other for other in (function, *values) if other is not value)
                 if has_only_leaves(value) or all(map(has_only_leaves, others)):
@@ -273,8 +274,12 @@ class Encoder:
         """Send memmaps of a file by content from now on: some worker has no such file, or another one."""
         self._not_there.add(path)
 
-    def _lasting_form(self, value: Any) -> Standalone:
-        return self._lasting.setdefault(id(value), Standalone(value, is_lasting=True))
+    def _form_of(self, value: Any, threshold: int) -> Any:
+        """Return what is pickled in the place of a scattered value; the value itself where nothing is."""
+        if is_pickled_whole(value):
+            # Who says of an object that it is data says, too, that it is the same for all tasks of the call.
+            return self._lasting.setdefault(id(value), Standalone(value, is_lasting=True))
+        return Standalone(value) if is_large(value, threshold) else value
 
     def _may_be_resident(self, buffer: memoryview) -> bool:
         """Return whether it is worth a hash to look for a small buffer: by its size, or as a part of placed memory."""

@@ -28,6 +28,9 @@ class ArgumentCosts:
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        # By their names, the address of the last object, and whether it came again.
+        self._last: dict[str, int] = {}
+        self._again: set[str] = set()
         self._n_seen = 0
         self._is_slow = True
 
@@ -54,13 +57,21 @@ class ArgumentCosts:
         starts.sort(key=lambda start: start[0])
         ends = [start for start, _, _ in starts[1:]] + [ended]
         for (start, name, value), end in zip(starts, ends, strict=False):  # of builtin types, no start is known
-            self._seconds[f"`{name}`, a {_kind_of(value)}"] += end - start
+            title = f"`{name}`, a {_kind_of(value)}"
+            self._seconds[title] += end - start
+            if self._last.get(title) == id(value):
+                self._again.add(title)
+            self._last[title] = id(value)
 
     @property
     def costliest(self) -> str:
-        """The argument that took more than half of the time that is known of, and its type; empty if none did."""
+        """The argument that took more than half of the time that is known of, and its type.
+
+        Empty if none did, or each task has another object there: that must travel.
+        """
         whole = sum(self._seconds.values())
-        return next((name for name, seconds in self._seconds.items() if seconds > whole / 2), "")
+        costliest = (name for name, seconds in self._seconds.items() if seconds > whole / 2)
+        return next((name for name in costliest if name in self._again), "")
 
 
 def _names_of(function: Any, n_args: int) -> list[str]:

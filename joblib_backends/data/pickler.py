@@ -12,6 +12,7 @@ import cloudpickle
 import numpy as np
 
 from .arrays import as_memmap_reference, reduce_array
+from .hashing import digest_of
 from .values import LARGE_CONTAINER, has_only_leaves
 
 __all__ = ["Pickler", "Standalone", "reduce_by"]
@@ -56,8 +57,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if kind is Standalone:
             if not obj.is_lasting:
                 return _load_standalone, self._standalone(obj.value)
-            if obj.parts is None:
+            if obj.parts is None or obj.digests != _digests(obj.parts[1:]):
                 obj.parts = self._standalone(obj.value)
+                obj.digests = _digests(obj.parts[1:])
             return _load_standalone, obj.parts
         if kind is np.memmap:
             return as_memmap_reference(obj, self._has_path)
@@ -94,15 +96,20 @@ class Standalone:
     value : object
         What is pickled in the place of this.
     is_lasting : bool, default=False
-        Whether its first pickle is used from then on, with what its large buffers hold by then.
+        Whether its first pickle is used from then on, until its large buffers hold something else.
     """
 
-    __slots__ = ("is_lasting", "parts", "value")
+    __slots__ = ("digests", "is_lasting", "parts", "value")
 
     def __init__(self, value: Any, *, is_lasting: bool = False) -> None:
         self.value = value
         self.is_lasting = is_lasting
         self.parts: tuple[pickle.PickleBuffer, ...] | None = None
+        self.digests: list[bytes] = []
+
+
+def _digests(buffers: tuple[pickle.PickleBuffer, ...]) -> list[bytes]:
+    return [digest_of(buffer.raw()) for buffer in buffers]
 
 
 def _load_standalone(stream: Any, *buffers: Any) -> Any:

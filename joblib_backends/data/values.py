@@ -41,6 +41,9 @@ _LEAVES: Final = _IMMUTABLE.union(
 #: Builtin containers that, as a direct argument, are pickled on their own and placed when they are large.
 _CONTAINERS: Final = frozenset({list, tuple, dict, set, frozenset, str, bytes, bytearray})
 
+#: Packages whose objects are made of buffers, which leave the pickle.
+_OF_DATA: Final = frozenset({"numpy", "scipy", "pandas", "pyarrow", "polars"})
+
 #: Items (or characters) from which such a container is worth a look: below it, a pickle has under 1 MiB anyway.
 LARGE_CONTAINER: Final = 1_000
 
@@ -50,8 +53,10 @@ def is_large(value: Any, threshold: int) -> bool:
 
 
 def is_pickled_whole(value: Any) -> bool:
-    """Return whether an object is pickled bit by bit: whatever is no array, which leaves the pickle, and no atom."""
-    return type(value) not in _LEAVES and not isinstance(value, np.ndarray | np.generic)
+    """Return whether an object is pickled bit by bit, as models are: no atom, no builtin container, and no table."""
+    kind = type(value)
+    package = getattr(kind, "__module__", "").partition(".")[0]
+    return kind not in _LEAVES and kind not in _CONTAINERS and package not in _OF_DATA
 
 
 def has_only_leaves(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import numbers
 import reprlib
 import sys
@@ -164,9 +165,13 @@ def description_of(callee: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """Return which candidate and fold a task is, for messages; None if it is no task of a search."""
     if not is_fit_and_score(callee):
         return None
-    given = arguments_of(callee, args, kwargs)
-    # reprlib: a __repr__ that raises must not take the place of what is to be said.
-    chosen = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in (given["parameters"] or {}).items())
+    try:
+        given = arguments_of(callee, args, kwargs)
+        # reprlib: a __repr__ that raises must not take the place of what is to be said.
+        chosen = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in (given["parameters"] or {}).items())
+    except (TypeError, AttributeError, KeyError):
+        # Arguments that the function refuses: what it says of them is for the user to see.
+        return None
     parts = [f"candidate {chosen}"] if chosen else []
     if given.get("split_progress") is not None:
         place, n_folds = given["split_progress"]
@@ -278,9 +283,13 @@ def is_plain_pipeline(estimator: Any) -> bool:
 
 def times_of(result: Any) -> tuple[float, float] | None:
     """Return the seconds of fit and score in what scikit-learn's function to fit and score returned; None of others."""
-    if type(result) is not dict or "fit_time" not in result or "score_time" not in result:
+    if type(result) is not dict:
         return None
-    return result["fit_time"], result["score_time"]
+    times = result.get("fit_time"), result.get("score_time")
+    # cross_validate, as a task, returns arrays by these names.
+    if not all(isinstance(one, float | int) and 0.0 <= one < math.inf for one in times):
+        return None
+    return float(times[0]), float(times[1])  # type: ignore[arg-type]
 
 
 def has_callbacks(estimator: Any) -> bool:

@@ -5,6 +5,8 @@ A batch costs one tuple, put into a list when its outcome is there; nothing is c
 
 from __future__ import annotations
 
+import functools
+import re
 import threading
 import time
 from collections import defaultdict
@@ -24,13 +26,7 @@ MOST_RECORDED: Final = 200_000
 _CALLER: Final = "caller"
 
 #: What tells in a function's name what its tasks do.
-_TOLD_BY_NAME: Final[tuple[tuple[str, Kind], ...]] = (
-    ("fit_and_score", "task"),
-    ("fit", "fit"),
-    ("build", "fit"),
-    ("score", "score"),
-    ("predict", "score"),
-)
+_TOLD_BY_WORD: Final[dict[str, Kind]] = {"fit": "fit", "build": "fit", "score": "score", "predict": "score"}
 
 
 class BatchRecord(NamedTuple):
@@ -218,5 +214,9 @@ def _phases_of(record: BatchRecord, row: int, start: float, zero: float) -> Iter
         yield Span(row, "transfer", "pack", start + spent.wall - spent.pack, spent.pack)
 
 
+@functools.lru_cache(maxsize=256)
 def _kind_of(name: str) -> Kind:
-    return next((kind for part, kind in _TOLD_BY_NAME if part in name), "task")
+    """Return what a function does, by the words of its name; one that does several things does a task."""
+    words = re.split(r"[\W\d_]+", name.partition("-")[0].lower())
+    kinds = {_TOLD_BY_WORD[word] for word in words if word in _TOLD_BY_WORD}
+    return kinds.pop() if len(kinds) == 1 else "task"

@@ -1,6 +1,6 @@
 """The file of ``trace=``: each outermost call of a process is added to it when it ends.
 
-The first call of a process replaces what is there, unless that is the trace of a process that still runs: workers of
+The first call of a process replaces the trace that is there, unless that is of a process that still runs: workers of
 pools of the user's own, and scripts that a script starts, have the same ``JOBLIB_BACKEND_TRACE``. Their traces go
 beside it, with the number of the process in the name. No file is held open, and none is locked.
 """
@@ -8,18 +8,23 @@ beside it, with the number of the process in the name. No file is held open, and
 from __future__ import annotations
 
 import contextlib
+import copy
+import errno
 import json
 import os
 import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from .chrome import BETWEEN, END, START, Tracks
 from .model import Timeline
 
 __all__ = ["TraceFile"]
+
+#: Bytes at the beginning of a file that tell what it is.
+_HEAD_NBYTES: Final = 4_096
 
 
 class TraceFile:
@@ -55,14 +60,15 @@ class TraceFile:
         if self._is_begun and not self._is_still_ours():
             self._tracks, self._is_begun = Tracks(), False
             self.path = _own_path(self.path)
-        lines = BETWEEN.join(self._tracks.events_of(report, timeline)) + END
-        if not self._is_begun:
+        # What is introduced in this call is so only if the call comes to be in the file.
+        tracks = copy.deepcopy(self._tracks)
+        lines = BETWEEN.join(tracks.events_of(report, timeline)) + END
+        if self._is_begun:
+            _append(self.path, lines)
+        else:
+            _check_may_be_replaced(self.path)
             self.path.write_text(START + _signature() + BETWEEN + lines, encoding="utf-8")
-            self._is_begun = True
-            return
-        with open(self.path, "r+b") as file:
-            file.seek(-len(END), os.SEEK_END)
-            file.write((BETWEEN + lines).encode())
+        self._tracks, self._is_begun = tracks, True
 
     def _is_still_ours(self) -> bool:
         return _writer_of(self.path) == _this_process()
@@ -76,6 +82,39 @@ def _own_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
 
 
+def _append(path: Path, lines: str) -> None:
+    """Put ``lines`` in the place of the end of a trace; if there is no room for them, leave it as it was."""
+    with open(path, "r+b") as file:
+        at = file.seek(-len(END), os.SEEK_END)
+        try:
+            file.write((BETWEEN + lines).encode())
+            file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.seek(at)
+                file.truncate()
+                file.write(END.encode())
+            raise
+
+
+def _check_may_be_replaced(path: Path) -> None:
+    """Raise an OSError where there is something else than a trace: a device, or what may be precious to its owner."""
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "It is no regular file", str(path))
+    head = _head_of(path)
+    if head and "joblib calls" not in head and '"written_by"' not in head:
+        raise OSError(
+            errno.EEXIST, "There is a file that is no trace of joblib_backends; it is left as it is", str(path)
+        )
+
+
+def _head_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file.read(_HEAD_NBYTES).decode(errors="replace")
+
+
 def _this_process() -> tuple[str, int]:
     return socket.gethostname(), os.getpid()
 
@@ -87,9 +126,11 @@ def _signature() -> str:
 
 def _writer_of(path: Path) -> tuple[str, int] | None:
     """Return host and number of the process that wrote a trace; None of any other file."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as file:
-        next(file)
-        by = json.loads(next(file, "").rstrip().rstrip(","))["args"]
+    # A device may have no end, and a pipe no beginning.
+    if not path.is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        by = json.loads(_head_of(path).splitlines()[1].rstrip(","))["args"]
         return by["host"], by["pid"]
     return None
 
@@ -106,3 +147,12 @@ def _is_running(process: tuple[str, int]) -> bool:
     except OSError:  # it is somebody else's
         return True
     return True
+
+
+def _forget_in_child() -> None:
+    # Another thread may have been writing.
+    TraceFile._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
