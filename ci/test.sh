@@ -17,15 +17,14 @@ checks() {
 suite() { "$python" -m pytest -p no:cacheprovider "$@"; }
 local_faults=(tests/faults/test_local.py tests/faults/test_checkpoint.py)
 with_local=(tests/test_[mptw]*.py tests/test_s[ct]*.py)
-with_clusters=(tests/test_sk*.py)
 logs="$(mktemp -d)"
 (set -e; checks; suite "${local_faults[@]}" "${with_local[@]}"; "$python" ci/host_suite.py) >"$logs/local" 2>&1 &
 first=$!
-suite tests/faults "${with_clusters[@]}" "${local_faults[@]/#/--ignore=}" >"$logs/clusters" 2>&1 &
+suite tests/faults "${local_faults[@]/#/--ignore=}" >"$logs/clusters" 2>&1 &
 second=$!
 trap 'kill "$first" "$second" 2>/dev/null || :; rm -rf "$logs"' EXIT
 failed=0
-suite tests --ignore=tests/faults --ignore=tests/test_sharing.py "${with_local[@]/#/--ignore=}" "${with_clusters[@]/#/--ignore=}" || failed=1
+suite tests --ignore=tests/faults --ignore=tests/test_sharing.py "${with_local[@]/#/--ignore=}" || failed=1
 wait "$first" || failed=1
 wait "$second" || failed=1
 cat "$logs/local" "$logs/clusters"

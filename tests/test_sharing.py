@@ -162,7 +162,7 @@ def test_a_common_prefix_is_fitted_once_and_test_data_transformed_once(hybrid, l
     assert (report.transforms_run, report.transforms_shared) == (2 * distinct, 2 * (alone - distinct))
     assert report.seconds_saved > (alone - distinct) * WORTH_S / 2
     assert 0 < report.nbytes_shared < 3_000_000
-    assert "shared 27 of 36 fits and 54 of 72 transforms" in str(report)
+    assert "shared   27 of 36 fits and 54 of 72 transforms" in str(report)
 
 
 @pytest.mark.parametrize("share", [{"share_fits": False}, "0"])

@@ -24,6 +24,7 @@ __all__ = [
     "address_and_certificates",
     "check_blocks",
     "check_is_of_this_process",
+    "close",
     "connect",
     "descriptions",
     "future_of",
@@ -57,11 +58,9 @@ _inherited: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
 class _Client(distributed.Client):
-    """A client that leaves nothing behind.
+    """A client that is closed if it cannot be made.
 
-    Dask leaves one that cannot be made to its finalizer, which takes a lock that the thread may have in which the
-    collector comes by. And one that has closed itself, because its scheduler did not come back, is closed for Dask,
-    whose ``close`` then leaves the thread of its event loop, with three descriptors, for as long as the process lives.
+    Dask leaves that to its finalizer, which takes a lock that the thread may have in which the collector comes by.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,16 +68,19 @@ class _Client(distributed.Client):
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         except BaseException:
             with contextlib.suppress(Exception):
-                self.close(timeout=_CLOSE_S)
+                self.close(timeout=_CLOSE_S)  # type: ignore[no-untyped-call]
             raise
 
-    def close(self, *args: Any, **kwargs: Any) -> Any:
-        """Close it, and end the thread of its event loop."""
-        try:
-            return super().close(*args, **kwargs)  # type: ignore[no-untyped-call]
-        finally:
-            if self.status == "closed" and not self.asynchronous:
-                self._loop_runner.stop()  # type: ignore[no-untyped-call]
+
+def close(client: Any) -> None:
+    """Close a client of ours, and end the thread of its event loop.
+
+    One that has closed itself, because its scheduler did not come back, is closed for Dask, whose ``close`` then leaves
+    that thread, with three descriptors, for as long as the process lives. No finalizer may come here: the same lock.
+    """
+    client.close()
+    if client.status == "closed" and not client.asynchronous:
+        client._loop_runner.stop()
 
 
 def active_client() -> Any:

@@ -23,6 +23,7 @@ import queue
 import threading
 from typing import Any
 
+from .client import close
 from .collector import Collector
 from .flight import CHANGED, Flight
 from .outfit import Outfit
@@ -84,4 +85,4 @@ class Exchange:
         if self._owns_client:
             # Here and not in a finalizer, which may run in any thread, the client's own event loop too.
             with contextlib.suppress(Exception):
-                self._client.close()
+                close(self._client)

@@ -513,7 +513,9 @@ class Sharer:
         except Exception:
             return False
         saved_s = (self._hint.uses[prefix] - 1) * (done.seconds - _seconds_to_take(packed))
-        is_worth = saved_s > _PUT_S + packed.nbytes * _PUT_BYTE_S and packed.nbytes <= self._limit_nbytes
+        # Nobody but the driver knows what all tasks hold; a single one holds no more than all may.
+        has_room = sum(one.nbytes for one in self.held) + packed.nbytes <= self._limit_nbytes
+        is_worth = saved_s > _PUT_S + packed.nbytes * _PUT_BYTE_S and has_room
         if not is_worth or not self._shelf.put(name, packed):
             return False
         self.held.append(Held(name, prefix, packed.nbytes, done.seconds))

@@ -423,14 +423,14 @@ def test_a_lost_cluster_is_let_go_of_without_the_garbage_collector(make_cluster,
 
 def test_the_end_of_a_client_that_has_closed_itself_ends_its_thread(make_cluster):
     """As one does whose scheduler does not come back."""
-    from joblib_backends.cluster.client import connect
+    from joblib_backends.cluster.client import close, connect
 
     client = connect(Config(), make_cluster(0).address, 10.0)
     [thread] = [one for one in threading.enumerate() if one.ident == client.sync(ident_of_this_thread)]
     client.sync(client._close)
     assert client.status == "closed"
     assert thread.is_alive()
-    client.close()
+    close(client)
     thread.join(PROMPT)
     assert not thread.is_alive()
 
