@@ -38,6 +38,11 @@ def advice_for(report: CallReport) -> tuple[str, ...]:
     return tuple(one.sentence for one in sorted(found, key=lambda one: -one.part)[:_MOST])
 
 
+def _of_call(report: CallReport, seconds: float) -> float:
+    """Return which part of the call so many seconds of its batches were, which ran beside each other."""
+    return seconds / max(1.0, report.speed_up) / report.seconds
+
+
 def _tiny_tasks(report: CallReport) -> Iterator[_Finding]:
     n_run = report.tasks - report.tasks_restored
     task_s = (report.busy_seconds - report.load_seconds - report.pack_seconds) / max(1, n_run)
@@ -63,17 +68,16 @@ def _costly_to_send(report: CallReport) -> Iterator[_Finding]:
 
 def _costly_to_load(report: CallReport) -> Iterator[_Finding]:
     part = report.load_seconds / max(report.busy_seconds, 1e-9)
-    if part > _MUCH:
+    if part > _MUCH and _of_call(report, report.load_seconds) > _MUCH:
         yield _Finding(
-            part,
+            _of_call(report, report.load_seconds),
             f"{part:.0%} of the tasks' time went into unpickling their arguments: NumPy arrays, pandas and Arrow "
             "tables are mapped instead, and larger tasks unpickle less often.",
         )
 
 
 def _costly_results(report: CallReport) -> Iterator[_Finding]:
-    seconds = report.decode_seconds + report.pack_seconds / max(1.0, report.speed_up)
-    part = seconds / report.seconds
+    part = report.decode_seconds / report.seconds + _of_call(report, report.pack_seconds)
     if part > _MUCH and report.nbytes_results:
         yield _Finding(
             part,
@@ -88,7 +92,7 @@ def _too_many_threads(report: CallReport) -> Iterator[_Finding]:
     kept_waiting = report.delay_seconds / max(report.busy_seconds, 1e-9)
     if threads > 1.5 and at_once > 1.5 and threads * at_once > 0.9 * report.cores and kept_waiting > 0.1:
         yield _Finding(
-            kept_waiting,
+            _of_call(report, report.delay_seconds),
             f"BLAS or OpenMP used {threads:.1f} threads in each of {at_once:.0f} tasks at once, on {report.cores} "
             "cores: leave inner_max_num_threads out, or set it to 1.",
         )
@@ -97,9 +101,10 @@ def _too_many_threads(report: CallReport) -> Iterator[_Finding]:
 def _busy_machine(report: CallReport) -> Iterator[_Finding]:
     kept_waiting = report.delay_seconds / max(report.busy_seconds, 1e-9)
     used = report.cores_used
-    if kept_waiting > _MUCH and used < 0.75 * min(report.n_jobs, report.cores):
+    is_much = kept_waiting > _MUCH and _of_call(report, report.delay_seconds) > _MUCH
+    if is_much and used < 0.75 * min(report.n_jobs, report.cores):
         yield _Finding(
-            kept_waiting,
+            _of_call(report, report.delay_seconds),
             f"Tasks were ready and waited for a core {kept_waiting:.0%} of their time, while they used {used:.1f} of "
             f"{report.cores}: other programs are using this machine.",
         )
@@ -136,8 +141,8 @@ def _lost_workers(report: CallReport) -> Iterator[_Finding]:
     if report.lost_workers:
         yield _Finding(
             1.0,
-            f"{report.lost_workers} workers died and what they ran was run again: if memory ran out, use fewer n_jobs "
-            "or smaller tasks.",
+            f"{report.lost_workers} workers died over batches of the call: if memory ran out, use fewer n_jobs or "
+            "smaller tasks.",
         )
 
 

@@ -117,7 +117,7 @@ class CallReport(_Timelined):
         Seconds in which any batch ran, or was on its way.
     queue_seconds : float
         Sum over the batches of the seconds from ``Parallel`` handing one over to its outcome, less those that it ran:
-        its wait for a worker, and its way there and back. None of them where the calling thread runs batches.
+        its wait for a worker, its encoding, its way there and back. None where the calling thread runs batches.
     encode_seconds, decode_seconds : float
         Seconds of the driver for making batches ready to travel, and for reading their results.
     load_seconds, pack_seconds : float
@@ -266,10 +266,14 @@ class CallReport(_Timelined):
                 ".json, for a trace."
             )
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """What ran, how much of it, and how long it took."""
         outcome = "failed after" if self.failed else "done in"
-        first = f"{self.function}: {self.tasks} tasks in {self.batches} batches {outcome} {self.seconds:.3f} s"
-        return "\n".join([first, *(f"  {name:<8} {text}" for name, text in self._lines())])
+        return f"{self.function}: {self.tasks} tasks in {self.batches} batches {outcome} {self.seconds:.3f} s"
+
+    def __str__(self) -> str:
+        return "\n".join([self.headline, *(f"  {name:<8} {text}" for name, text in self._lines())])
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -277,7 +281,7 @@ class CallReport(_Timelined):
             f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
             for name, text in self._lines()
         )
-        return f"<table><caption>{html.escape(str(self).splitlines()[0])}</caption>{rows}</table>"
+        return f"<table><caption>{html.escape(self.headline)}</caption>{rows}</table>"
 
     def _lines(self) -> list[tuple[str, str]]:
         lines = [("tier", f"{self.tier}, n_jobs={self.n_jobs}"), ("reason", self.reason)]
@@ -315,7 +319,7 @@ class CallReport(_Timelined):
     def _bytes(self) -> str:
         moved, saved = readable_nbytes(self.nbytes_moved), readable_nbytes(self.nbytes_saved)
         results = f", {readable_nbytes(self.nbytes_results)} of results" if self.nbytes_results else ""
-        residents = f" ({self.residents} residents)" if self.residents else ""
+        residents = f" ({self.residents} resident{'s'[: self.residents > 1]})" if self.residents else ""
         pickled = readable_nbytes(self.nbytes_pickled)
         return f"{moved} moved, {saved} not moved again{residents}, {pickled} pickled{results}"
 

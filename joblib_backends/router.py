@@ -99,7 +99,6 @@ class Router:
                 self._encoder = Encoder(self._config, self._scope, references, tier.repeated_nbytes)
                 self._scatter(tier, [value for value in self._config.scatter if id(value) not in references])
             payload = self._encoder.encode(function, nested)
-        self._tally.costly_argument = self._encoder.costs.costliest
         moved, pickled, saved = payload.nbytes_placed, payload.nbytes_inband, payload.nbytes_saved
         self._tally.add_payload(moved, pickled, saved, payload.encoded[1], (one.path for one in payload.residents))
         return payload
@@ -155,4 +154,7 @@ class Router:
         """Give back what the tiers and the encoder of this call hold."""
         for tier in self.open_tiers:
             tier.close()
+        with self._encoding:
+            if self._encoder is not None:
+                self._tally.costly_argument = self._encoder.costs.costliest
         self._scope.end_call()

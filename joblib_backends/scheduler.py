@@ -424,9 +424,9 @@ class Call:
             failed=failed, predicted_seconds=self._pilot.predicted_s, planning_seconds=self._pilot.planning_s
         )
         figures: dict[str, Any] = {} if self._sharing is None else self._sharing.figures()
-        report = report.replaced(**figures)
+        report = report.replaced(**figures) if figures else report
         report = report.replaced(advice=advice_for(report))
-        _log.debug("%s", str(report).partition("\n")[0])
+        _log.debug("%s", report.headline)
         return report
 
     # ---- called in the thread that wants a result

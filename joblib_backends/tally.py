@@ -186,7 +186,7 @@ class Tally:
             residents=len(self._residents),
             longest_seconds=self.longest_seconds,
             longest_task=self.longest_task,
-            peak_nbytes=max(self.peak_nbytes, peak_nbytes_of_process() if shares_memory else 0),
+            peak_nbytes=max(self.peak_nbytes, peak_nbytes_of_process(by_now=True) if shares_memory else 0),
             costly_argument=self.costly_argument,
             messages=messages,
         )

@@ -138,10 +138,10 @@ class _Peak:
     nbytes: ClassVar[int] = 0
 
 
-def peak_nbytes_of_process() -> int:
-    """Return the largest size that this process has had in memory until some 0.1 s ago; 0 where nobody tells."""
+def peak_nbytes_of_process(*, by_now: bool = False) -> int:
+    """Return the largest size that this process has had in memory, until some 0.1 s ago; 0 where nobody tells."""
     now = time.monotonic()
-    if now - _Peak.asked > _Peak.EVERY_S:
+    if by_now or now - _Peak.asked > _Peak.EVERY_S:
         _Peak.asked, _Peak.nbytes = now, _peak_nbytes()
     return _Peak.nbytes
 

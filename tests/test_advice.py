@@ -76,7 +76,7 @@ def test_a_call_that_went_well_gets_no_advice():
         ),
         (
             {"lost_workers": 2},
-            "2 workers died and what they ran was run again: if memory ran out, use fewer n_jobs or smaller tasks.",
+            "2 workers died over batches of the call: if memory ran out, use fewer n_jobs or smaller tasks.",
         ),
     ],
     ids=["tiny", "argument", "arguments", "load", "results", "threads", "busy", "long", "lock", "lost"],
@@ -109,7 +109,7 @@ def predicted(chunk, model):
     return float(model.predict(chunk).sum())
 
 
-def test_what_is_advised_of_a_model_that_is_pickled_helps(request):
+def test_what_is_advised_of_a_model_that_is_pickled_helps():
     """The advice names the argument; with it in scatter, it is pickled once."""
     data = np.random.default_rng(0).random((2_000, 5))
     model = RandomForestClassifier(30, random_state=0).fit(data, data[:, 0] > data[:, 1])
@@ -125,6 +125,24 @@ def test_what_is_advised_of_a_model_that_is_pickled_helps(request):
     assert plain.costly_argument == "`model`, a RandomForestClassifier"
     assert plain.nbytes_pickled > 40 * 100_000
     assert scattered.nbytes_pickled < plain.nbytes_pickled / 10
+
+
+def first_of(chunk):
+    return chunk[0]
+
+
+def test_chunks_that_differ_are_not_advised_to_be_scattered():
+    """Each is wrapped for its task, perhaps where the last one was in memory."""
+    with parallel_backend("hybrid", tier="processes", n_jobs=2):
+        tasks = (delayed(first_of)([Slow() for _ in range(3)] + list(range(i, 2_000))) for i in range(5))
+        Parallel(batch_size=1)(tasks)
+    assert last_report().costly_argument == ""
+
+
+def test_a_threads_call_that_asks_for_threads_is_known_by_its_reason():
+    with parallel_backend("hybrid", tier="threads", n_jobs=2):
+        Parallel()(delayed(abs)(i) for i in range(4))
+    assert "asked for" in last_report().reason
 
 
 class Slow:

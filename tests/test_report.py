@@ -143,7 +143,7 @@ def test_residents_are_counted_once_and_shown():
     with parallel_backend("hybrid", tier="processes", n_jobs=2):
         Parallel(batch_size=1)(delayed(total)(array) for _ in range(4))
     assert last_report().residents == 1
-    assert "not moved again (1 residents), " in str(last_report())
+    assert "not moved again (1 resident), " in str(last_report())
 
 
 def test_a_report_can_be_pickled_without_its_timeline():

@@ -20,6 +20,7 @@ from .client import (
     address_and_certificates,
     check_blocks,
     check_is_of_this_process,
+    close,
     connect,
     descriptions,
     future_of,
@@ -194,7 +195,7 @@ class Connection:
                     self.outfit.provide()
         except BaseException:
             if owns_client:
-                self.client.close()
+                close(self.client)
             raise
 
     def n_slots(self) -> int:

@@ -276,10 +276,10 @@ class Encoder:
 
     def _form_of(self, value: Any, threshold: int) -> Any:
         """Return what is pickled in the place of a scattered value; the value itself where nothing is."""
-        if is_pickled_whole(value):
+        if is_pickled_whole(value) or is_large(value, threshold):
             # Who says of an object that it is data says, too, that it is the same for all tasks of the call.
             return self._lasting.setdefault(id(value), Standalone(value, is_lasting=True))
-        return Standalone(value) if is_large(value, threshold) else value
+        return value
 
     def _may_be_resident(self, buffer: memoryview) -> bool:
         """Return whether it is worth a hash to look for a small buffer: by its size, or as a part of placed memory."""

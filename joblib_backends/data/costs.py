@@ -6,8 +6,10 @@ belongs to the first. That costs nothing for tasks which are quick to pickle: no
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
@@ -22,14 +24,17 @@ _SLOW_S: Final = 2e-3
 #: Tasks that are looked at.
 _ENOUGH: Final = 50
 
+#: Items of a container that may take long to pickle.
+_MANY: Final = 100
+
 
 class ArgumentCosts:
     """What encoding the tasks of one call goes into. Used under the lock of who encodes."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        # By their names, the address of the last object, and whether it came again.
-        self._last: dict[str, int] = {}
+        # By their names, the last object, and whether it came again. Weakly: a task's data goes with the task.
+        self._last: dict[str, weakref.ref[Any]] = {}
         self._again: set[str] = set()
         self._n_seen = 0
         self._is_slow = True
@@ -48,20 +53,25 @@ class ArgumentCosts:
         """Add a task that was pickled just now."""
         ended = time.perf_counter()
         self._n_seen += 1
+        values = (*args, *kwargs.values())
+        if any(not begun.get(id(value)) and _may_take_long(value) for value in values):
+            # The pickler does not tell when it comes to a builtin container: its time would be that of another.
+            return
         names = [*_names_of(function, len(args)), *kwargs]
         starts = [
-            (begun[id(value)], name, value)
-            for name, value in zip(names, (*args, *kwargs.values()), strict=True)
-            if begun.get(id(value))
+            (begun[id(value)], name, value) for name, value in zip(names, values, strict=True) if begun.get(id(value))
         ]
         starts.sort(key=lambda start: start[0])
         ends = [start for start, _, _ in starts[1:]] + [ended]
         for (start, name, value), end in zip(starts, ends, strict=False):  # of builtin types, no start is known
             title = f"`{name}`, a {_kind_of(value)}"
             self._seconds[title] += end - start
-            if self._last.get(title) == id(value):
+            last = self._last.get(title)
+            if last is not None and last() is (value.value if type(value) is Standalone else value):
                 self._again.add(title)
-            self._last[title] = id(value)
+            # Builtin containers cannot be held so: large ones are found by content, whoever brings them.
+            with contextlib.suppress(TypeError):
+                self._last[title] = weakref.ref(value.value if type(value) is Standalone else value)
 
     @property
     def costliest(self) -> str:
@@ -72,6 +82,10 @@ class ArgumentCosts:
         whole = sum(self._seconds.values())
         costliest = (name for name, seconds in self._seconds.items() if seconds > whole / 2)
         return next((name for name in costliest if name in self._again), "")
+
+
+def _may_take_long(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict | set | frozenset) and len(value) > _MANY
 
 
 def _names_of(function: Any, n_args: int) -> list[str]:

@@ -53,10 +53,10 @@ def is_large(value: Any, threshold: int) -> bool:
 
 
 def is_pickled_whole(value: Any) -> bool:
-    """Return whether an object is pickled bit by bit, as models are: no atom, no builtin container, and no table."""
+    """Return whether an object is pickled bit by bit, as models and containers of them are: no atom, and no table."""
     kind = type(value)
     package = getattr(kind, "__module__", "").partition(".")[0]
-    return kind not in _LEAVES and kind not in _CONTAINERS and package not in _OF_DATA
+    return kind not in _LEAVES and package not in _OF_DATA and not (kind in _CONTAINERS and has_only_leaves(value))
 
 
 def has_only_leaves(value: Any) -> bool:

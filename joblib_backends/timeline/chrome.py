@@ -108,7 +108,8 @@ def calls_in(text: str) -> list[tuple[dict[str, Any], Timeline]]:
 def _put_events(
     events: Iterable[_Event], calls: Mapping[int, tuple[dict[str, Any], Timeline]], rows: Mapping[tuple[int, int], Row]
 ) -> None:
-    began_at = min(map(_timestamp, (report for report, _ in calls.values())))
+    # Calls are written when they end: the first of the file may have begun after others.
+    began_at = _timestamp(calls[min(calls)][0])
     positions: dict[tuple[int, Row], int] = {}
     for one in events:
         kind, call = one.get("cat"), one.get("args", {}).get("call")

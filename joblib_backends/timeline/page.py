@@ -237,7 +237,7 @@ _TABLES: Final[tuple[tuple[str, tuple[tuple[str, str, Callable[[Any], str]], ...
             ("busy_seconds", "sum over the batches", readable_seconds),
             ("speed_up", "speed-up", lambda value: f"{value:.3g} times"),
             ("cores_used", "cores used on average", _decimal),
-            ("queue_seconds", "waiting for a worker", readable_seconds),
+            ("queue_seconds", "waiting and on their way", readable_seconds),
             ("encode_seconds", "encoding batches", readable_seconds),
             ("load_seconds", "loading batches", readable_seconds),
             ("pack_seconds", "packing results", readable_seconds),

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 from ..worker import Spent, Worker, this_worker
 from .clocks import Exchange, seconds_ahead
 from .model import Kind, Mark, Row, Span, Timeline
+from .phases import Phase
 
 __all__ = ["MOST_RECORDED", "BatchRecord", "Recorder"]
 
@@ -55,7 +56,7 @@ class BatchRecord(NamedTuple):
 
 
 class Recorder:
-    """What one call does, as it happens. Thread-safe: each entry is one ``append``."""
+    """What one call does, as it happens. Thread-safe: each entry is one ``append``, and a few too many do no harm."""
 
     def __init__(self) -> None:
         self._caller = this_worker()
@@ -74,7 +75,8 @@ class Recorder:
     def add(self, record: BatchRecord) -> None:
         """Record a batch."""
         if len(self._entries) >= MOST_RECORDED:
-            self.n_omitted += 1
+            with self._lock:
+                self.n_omitted += 1
             return
         tier, name, detail, task, n_tasks, submitted, sent, received, spent, encoded, decode_s, times, loss = record
         wall, _, _, started, load, pack, _, worker, phases = spent
@@ -82,7 +84,7 @@ class Recorder:
         if number is None:
             with self._lock:
                 number = self._numbers.setdefault(worker, len(self._numbers))
-        more = (times, tuple(phases)) if times or phases else None
+        more = (times, tuple(map(tuple, phases))) if times or phases else None
         self._entries.append(
             (
                 *(tier, name, detail, task, n_tasks, submitted, sent, received),
@@ -96,7 +98,8 @@ class Recorder:
         for entry in entries:
             wall, started, load, pack, number, began_encoding, encode_s, decode_s, loss, more = entry[8:]
             times, phases = more or ((), ())
-            spent = Spent(wall, 0.0, 0.0, started, load, pack, 0, workers[number], phases)
+            parts = [Phase(*phase) for phase in phases]
+            spent = Spent(wall, 0.0, 0.0, started, load, pack, 0, workers[number], parts)
             yield BatchRecord._make((*entry[:8], spent, (began_encoding, encode_s), decode_s, times, loss))
 
     def mark(self, name: str, detail: str = "") -> None:

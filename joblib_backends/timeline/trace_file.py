@@ -2,7 +2,7 @@
 
 The first call of a process replaces the trace that is there, unless that is of a process that still runs: workers of
 pools of the user's own, and scripts that a script starts, have the same ``JOBLIB_BACKEND_TRACE``. Their traces go
-beside it, with the number of the process in the name. No file is held open, and none is locked.
+beside it, with host and number of the process in the name. No file is held open, and none is locked.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ class TraceFile:
             _append(self.path, lines)
         else:
             _check_may_be_replaced(self.path)
-            self.path.write_text(START + _signature() + BETWEEN + lines, encoding="utf-8")
+            self.path.write_text(START + _signature() + BETWEEN + lines, encoding="utf-8", newline="\n")
         self._tracks, self._is_begun = tracks, True
 
     def _is_still_ours(self) -> bool:
@@ -79,7 +80,7 @@ def _own_path(path: Path) -> Path:
     writer = _writer_of(path)
     if writer is None or writer == _this_process() or not _is_running(writer):
         return path
-    return path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
+    return path.with_name(f"{path.stem}-{socket.gethostname()}-{os.getpid()}{path.suffix}")
 
 
 def _append(path: Path, lines: str) -> None:
@@ -137,8 +138,8 @@ def _writer_of(path: Path) -> tuple[str, int] | None:
 
 def _is_running(process: tuple[str, int]) -> bool:
     host, pid = process
-    if host != socket.gethostname():
-        # A file that hosts have in common: there is no asking.
+    if host != socket.gethostname() or sys.platform == "win32":
+        # A file that hosts have in common: there is no asking. On Windows, signal 0 is Ctrl-C.
         return True
     try:
         os.kill(pid, 0)
