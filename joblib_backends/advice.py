@@ -58,7 +58,13 @@ def _tiny_tasks(report: CallReport) -> Iterator[_Finding]:
 
 def _costly_to_send(report: CallReport) -> Iterator[_Finding]:
     part = report.encode_seconds / report.seconds
-    if part > _MUCH:
+    if part > _MUCH and report.nbytes_moved > report.nbytes_pickled:
+        yield _Finding(
+            part,
+            f"{part:.0%} of the time went into placing {readable_nbytes(report.nbytes_moved)} where workers read it: "
+            "calls on the same data in one with block place it once.",
+        )
+    elif part > _MUCH:
         what = report.costly_argument or "the tasks' arguments"
         remedy = "pass it in scatter=[...]"
         if not report.costly_argument:

@@ -45,6 +45,11 @@ def test_a_call_that_went_well_gets_no_advice():
             "have in common in scatter=[...].",
         ),
         (
+            {"encode_seconds": 6.8, "costly_argument": "`data`, a ndarray", "nbytes_moved": 2_000_000_000},
+            "68% of the time went into placing 2.0 GB where workers read it: calls on the same data in one with block "
+            "place it once.",
+        ),
+        (
             {"load_seconds": 39.0},
             "50% of the tasks' time went into unpickling their arguments: NumPy arrays, pandas and Arrow tables are "
             "mapped instead, and larger tasks unpickle less often.",
@@ -79,7 +84,7 @@ def test_a_call_that_went_well_gets_no_advice():
             "2 workers died over batches of the call: if memory ran out, use fewer n_jobs or smaller tasks.",
         ),
     ],
-    ids=["tiny", "argument", "arguments", "load", "results", "threads", "busy", "long", "lock", "lost"],
+    ids=["tiny", "argument", "arguments", "placing", "load", "results", "threads", "busy", "long", "lock", "lost"],
 )
 def test_what_takes_time_that_it_need_not_take_is_said(figures, sentence):
     assert advised(**figures) == (sentence,)

@@ -49,7 +49,7 @@ def test_array_job(tmp_path):
     ]
     assert reported_tiers(printed) == ["threads", "processes", "dask"]
     # The array of 51.2 MB is placed once for all tasks.
-    assert printed.count("bytes  51.2 MB moved") == 2
+    assert printed.count("bytes    51.2 MB moved") == 2
 
 
 def test_grid_search_pca(tmp_path):
@@ -78,4 +78,4 @@ def test_clustering_memmap(tmp_path):
     assert "data 640 MB, limit 400 MB for each process" in printed
     assert "every process below the limit: True" in printed
     assert reported_tiers(printed) == ["processes"]
-    assert "bytes  0 B moved" in printed
+    assert "bytes    0 B moved" in printed
