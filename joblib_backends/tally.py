@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Final
 
 from .report import CallReport, Message
@@ -154,42 +154,25 @@ class Tally:
             reasons, messages = dict(self.reasons), tuple(self.messages.values())
         texts = [f"{tier}: {reason}" for tier, reason in reasons.items()] if len(reasons) > 1 else reasons.values()
         shares_memory = bool(reasons.keys() & {"inline", "threads"})
+        counted = {name: getattr(self, name) for name in _COUNTED}
+        counted["peak_nbytes"] = max(self.peak_nbytes, peak_nbytes_of_process(by_now=True) if shares_memory else 0)
         report = CallReport(
-            function=self.function,
             tier=" + ".join(reasons) or "none",
             reason="; ".join(texts) or ("all were in the checkpoint" if self.tasks_restored else "there were no tasks"),
-            n_jobs=self.n_jobs,
-            tasks=self.tasks,
-            batches=self.batches,
             seconds=time.perf_counter() - self.started,
-            busy_seconds=self.busy_seconds,
-            nbytes_moved=self.nbytes_moved,
-            nbytes_pickled=self.nbytes_pickled,
-            nbytes_saved=self.nbytes_saved,
             failed=failed,
             predicted_seconds=predicted_seconds,
             planning_seconds=planning_seconds,
-            retries=self.retries,
-            lost_workers=self.lost_workers,
-            tasks_restored=self.tasks_restored,
-            started_at=self.started_at,
-            cores=self.cores,
-            cpu_seconds=self.cpu_seconds,
-            delay_seconds=self.delay_seconds,
-            active_seconds=self.active_seconds,
-            queue_seconds=self.queue_seconds,
-            encode_seconds=self.encode_seconds,
-            decode_seconds=self.decode_seconds,
-            load_seconds=self.load_seconds,
-            pack_seconds=self.pack_seconds,
-            nbytes_results=self.nbytes_results,
             residents=len(self._residents),
-            longest_seconds=self.longest_seconds,
-            longest_task=self.longest_task,
-            peak_nbytes=max(self.peak_nbytes, peak_nbytes_of_process(by_now=True) if shares_memory else 0),
-            costly_argument=self.costly_argument,
             messages=messages,
+            **counted,
         )
         if recorder is not None:
             report.put_timeline(functools.partial(recorder.timeline, self.started), len(recorder))
         return report
+
+
+#: What a report has as it was counted.
+_COUNTED: Final = frozenset(
+    {one.name for one in fields(CallReport)} & {one.name for one in fields(Tally)} - {"messages"}
+)

@@ -139,8 +139,8 @@ def log_failure(i):
 
 
 def log_with_null_handler(i):
-    logging.getLogger("tests.library").addHandler(logging.NullHandler())
-    logging.getLogger("tests.library.part").warning("number %d", i)
+    logging.getLogger("quiet_package").addHandler(logging.NullHandler())
+    logging.getLogger("quiet_package.part").warning("number %d", i)
 
 
 def log_configured(i, path):
