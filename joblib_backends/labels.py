@@ -52,8 +52,9 @@ def record_of(
         times = _times_of(outcome.results or ())
     encoded = (0.0, 0.0) if payload is None else payload.encoded
     task, n_tasks, tier = batch.first_task + batch.positions[0], batch.size, "" if plan is None else plan.tier
-    way = (batch.submitted, batch.started, received)
-    return BatchRecord(tier, name, detail, task, n_tasks, *way, spent, encoded, decode_s, times, loss)
+    return BatchRecord(
+        tier, name, detail, task, n_tasks, batch.started, received, spent, encoded, decode_s, times, loss
+    )
 
 
 def _times_of(results: Sequence[Any]) -> tuple[tuple[float, float], ...]:

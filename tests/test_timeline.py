@@ -80,7 +80,7 @@ def test_another_clock_is_told_by_its_tightest_bounds(ahead):
 
 def a_record(worker, started, *, sent, received, **about):
     spent = Spent(wall=1.0, cpu=1.0, started=started, worker=worker, load=0.25, pack=0.125)
-    return BatchRecord("dask", "fit", "task 3", 3, 1, sent, sent, received, spent, **about)
+    return BatchRecord("dask", "fit", "task 3", 3, 1, sent, received, spent, **about)
 
 
 def test_workers_of_other_hosts_are_drawn_on_the_clock_of_the_driver():
@@ -117,7 +117,7 @@ def test_times_that_are_somebody_elses_are_left_out():
 def test_a_lost_batch_is_a_retry():
     recorder = Recorder()
     spent = Spent()
-    recorder.add(BatchRecord("processes", "f", "task 0", 0, 2, 1.0, 1.5, 4.0, spent, loss="WorkerLostError: killed"))
+    recorder.add(BatchRecord("processes", "f", "task 0", 0, 2, 1.5, 4.0, spent, loss="WorkerLostError: killed"))
     timeline = recorder.timeline(started=1.0)
     [span] = timeline.spans
     assert (span.kind, span.start, span.seconds, span.detail) == ("retry", 0.5, 2.5, "WorkerLostError: killed")

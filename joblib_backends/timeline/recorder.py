@@ -40,8 +40,7 @@ class BatchRecord(NamedTuple):
     #: The position of its first task in the call, and their number.
     task: int
     n_tasks: int
-    #: On the clock of the driver: joblib handed it over, a tier got it, its outcome came.
-    submitted: float
+    #: On the clock of the driver: a tier got it, its outcome came.
     sent: float
     received: float
     spent: Spent
@@ -78,7 +77,7 @@ class Recorder:
             with self._lock:
                 self.n_omitted += 1
             return
-        tier, name, detail, task, n_tasks, submitted, sent, received, spent, encoded, decode_s, times, loss = record
+        tier, name, detail, task, n_tasks, sent, received, spent, encoded, decode_s, times, loss = record
         wall, _, _, started, load, pack, _, worker, phases = spent
         number = self._numbers.get(worker)
         if number is None:
@@ -87,7 +86,7 @@ class Recorder:
         more = (times, tuple(map(tuple, phases))) if times or phases else None
         self._entries.append(
             (
-                *(tier, name, detail, task, n_tasks, submitted, sent, received),
+                *(tier, name, detail, task, n_tasks, sent, received),
                 *(wall, started, load, pack, number, *encoded, decode_s, loss, more),
             )
         )
@@ -96,11 +95,11 @@ class Recorder:
         """Yield the batches as they were recorded."""
         entries, workers = list(self._entries), list(self._numbers)
         for entry in entries:
-            wall, started, load, pack, number, began_encoding, encode_s, decode_s, loss, more = entry[8:]
+            wall, started, load, pack, number, began_encoding, encode_s, decode_s, loss, more = entry[7:]
             times, phases = more or ((), ())
             parts = [Phase(*phase) for phase in phases]
             spent = Spent(wall, 0.0, 0.0, started, load, pack, 0, workers[number], parts)
-            yield BatchRecord._make((*entry[:8], spent, (began_encoding, encode_s), decode_s, times, loss))
+            yield BatchRecord._make((*entry[:7], spent, (began_encoding, encode_s), decode_s, times, loss))
 
     def mark(self, name: str, detail: str = "") -> None:
         """Record what happens now."""
